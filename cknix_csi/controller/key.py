@@ -1,0 +1,116 @@
+"""The cache's signing key (a Secret, made once) and what nodes must know of it (a ConfigMap, kept true)."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+from collections.abc import Callable
+from typing import NoReturn
+
+from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.kube import cacheconfig
+from cknix_csi.kube.api import APPLY_PATCH, CONFLICT, NOT_FOUND, Api, ApiError, Json, core
+from cknix_csi.kube.backoff import Backoff
+from cknix_csi.nix.cache.signing import KeyPair
+
+SECRET = "cknix-cache-key"  # noqa: S105 - the object's name
+SECRET_KEY = "secretKey"  # noqa: S105 - a field's name
+PUBLIC_KEY = "publicKey"
+KEY_NAME = "cknix-cache-1"
+LABELS = {"app.kubernetes.io/name": "cknix", "app.kubernetes.io/component": "controller"}
+
+# How soon a ConfigMap that somebody changed or deleted is right again.
+REAPPLY_SECONDS = 30.0
+
+_log = logging.getLogger(__name__)
+
+
+class MalformedKey(CknixError):
+    """The Secret is there but does not hold a key pair."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "MalformedKey"
+
+
+async def ensure_key(api: Api, namespace: str, generate: Callable[[str], KeyPair]) -> KeyPair:
+    """The key pair in the Secret, which is made when it is missing; two controllers end up with the same one.
+
+    Waits for an API server that is away.  Raises :class:`MalformedKey`.
+    """
+    backoff = Backoff(first=0.5, cap=30.0)
+    while True:
+        try:
+            return await _read_or_make(api, namespace, generate)
+        except ApiError as error:
+            delay = backoff.next()
+            _log.warning("the Secret %s/%s cannot be had yet: %s", namespace, SECRET, error.message)
+            await asyncio.sleep(delay)
+
+
+async def _read_or_make(api: Api, namespace: str, generate: Callable[[str], KeyPair]) -> KeyPair:
+    path = core("secrets", namespace, SECRET)
+    try:
+        return _parse(await api.get(path), namespace)
+    except ApiError as error:
+        if error.status != NOT_FOUND:
+            raise
+    made = generate(KEY_NAME)
+    try:
+        await api.create(core("secrets", namespace), _secret(namespace, made))
+    except ApiError as error:
+        if error.status != CONFLICT:
+            raise
+        return _parse(await api.get(path), namespace)
+    _log.info("made the cache's signing key %s", made.public)
+    return made
+
+
+async def publish_config(api: Api, namespace: str, url: str, public_key: str) -> NoReturn:
+    """Keep the ConfigMap that nodes read as it must be, for ever."""
+    backoff = Backoff(first=0.5, cap=REAPPLY_SECONDS)
+    body: Json = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": cacheconfig.NAME, "namespace": namespace, "labels": LABELS},
+        "data": {cacheconfig.URL: url, cacheconfig.PUBLIC_KEY: public_key},
+    }
+    while True:
+        try:
+            path = core("configmaps", namespace, cacheconfig.NAME)
+            # Forced: whatever tool wrote other values before, the running key is the true one.
+            await api.patch(path, body, kind=APPLY_PATCH, query={"force": "true"})
+            backoff.reset()
+            delay = REAPPLY_SECONDS
+        except ApiError as error:
+            _log.warning("the ConfigMap %s/%s cannot be written: %s", namespace, cacheconfig.NAME, error.message)
+            delay = backoff.next()
+        await asyncio.sleep(delay)
+
+
+def _secret(namespace: str, key: KeyPair) -> Json:
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": SECRET, "namespace": namespace, "labels": LABELS},
+        "type": "Opaque",
+        # A half-edited key would make every node refuse every path; to change it, delete the Secret and restart.
+        "immutable": True,
+        "data": {SECRET_KEY: _encode(key.secret), PUBLIC_KEY: _encode(key.public)},
+    }
+
+
+def _parse(secret: Json, namespace: str) -> KeyPair:
+    data = secret.get("data") or {}
+    try:
+        # The public half is computed: the two cannot disagree.
+        return KeyPair.from_secret(base64.b64decode(data[SECRET_KEY], validate=True).decode())
+    except (KeyError, TypeError, ValueError):
+        raise MalformedKey(
+            f"the Secret {namespace}/{SECRET} holds no signing key under {SECRET_KEY}; delete it and restart the "
+            "controller to have a new key made"
+        ) from None
+
+
+def _encode(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()

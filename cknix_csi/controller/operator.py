@@ -1,0 +1,171 @@
+"""kopf: which Expressions there are, and the finalizer that makes their deletion wait for us.  Nothing else.
+
+kopf runs in a thread and an event loop of its own: when it ends, it cancels every task of its loop that it does not
+know (its running.py), and it does end when the API server refuses a list for a minute.  Builds outlive that, and kopf
+is started again.
+
+Handlers only pass things on.  There is no handler for creation or change, since what to do follows from the state and
+not from the difference; so kopf needs no record of the last handled configuration, which otherwise would copy every
+expression into an annotation of its object (kopf issue 1087).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import kopf
+
+from cknix_csi.api.expression import FINALIZER, GROUP, PLURAL, VERSION
+from cknix_csi.controller.supervisor import Supervisor
+from cknix_csi.kube.backoff import Backoff
+from cknix_csi.kube.client import load_configuration
+from cknix_csi.kube.events import Subject
+
+RELEASE_RETRY_SECONDS = 10.0
+# A run of kopf that lasted longer than this was a good one.
+_STEADY_SECONDS = 60.0
+
+_log = logging.getLogger(__name__)
+
+
+class Operator:
+    """Feeds *supervisor*, which lives in the loop that calls :meth:`run`."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+
+    async def run(self) -> None:
+        """Run kopf, again and again, until cancelled."""
+        backoff = Backoff(first=1.0, cap=30.0)
+        loop = asyncio.get_running_loop()
+        while True:
+            started = loop.time()
+            try:
+                await self._run_once(loop)
+                _log.warning("kopf has stopped")
+            except Exception as error:  # whatever kopf stumbled over, Expressions must be watched again
+                _log.warning("kopf has stopped: %s", error, exc_info=_log.isEnabledFor(logging.DEBUG))
+            if loop.time() - started > _STEADY_SECONDS:
+                backoff.reset()
+            await asyncio.sleep(backoff.next())
+
+    async def _run_once(self, loop: asyncio.AbstractEventLoop) -> None:
+        thread = _KopfThread(self._registry(loop))
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kopf")
+        running = loop.run_in_executor(executor, thread.run)
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            thread.stop()
+            await asyncio.wait({running})
+            raise
+        finally:
+            executor.shutdown(wait=False)
+
+    def _registry(self, loop: asyncio.AbstractEventLoop) -> kopf.OperatorRegistry:
+        registry = kopf.OperatorRegistry()
+        supervisor = self._supervisor
+
+        @kopf.on.login(registry=registry)
+        async def login(**_: Any) -> kopf.ConnectionInfo:
+            return await _connection()
+
+        @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+        async def observed(type: str | None, body: kopf.Body, **_: Any) -> None:
+            if type == "DELETED":
+                # Usually done by the finalizer; somebody may have taken that away by hand.
+                await _in(loop, supervisor.release(_subject(body)))
+            else:
+                raw = dict(body)
+                loop.call_soon_threadsafe(supervisor.observe, raw)
+
+        @kopf.on.delete(GROUP, VERSION, PLURAL, registry=registry)
+        async def deleted(body: kopf.Body, **_: Any) -> None:
+            try:
+                await _in(loop, supervisor.release(_subject(body)))
+            except OSError as error:
+                raise kopf.TemporaryError(f"GC roots not released: {error}", delay=RELEASE_RETRY_SECONDS) from error
+
+        return registry
+
+
+class _KopfThread:
+    """One run of kopf, in whatever thread :meth:`run` is called in."""
+
+    def __init__(self, registry: kopf.OperatorRegistry) -> None:
+        self._registry = registry
+        self._settings = operator_settings()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+
+    def run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._operate())
+
+    def stop(self) -> None:
+        """Callable from another thread, also when it has ended."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    async def _operate(self) -> None:
+        await kopf.operator(
+            registry=self._registry, settings=self._settings, clusterwide=True, standalone=True, stop_flag=self._stop
+        )
+
+
+class NoDiffBase(kopf.DiffBaseStorage):
+    """Remembers nothing about what was handled last, since no handler here depends on a difference."""
+
+    def build(self, *, body: kopf.Body, extra_fields: Iterable[Any] | None = None) -> kopf.BodyEssence:
+        return kopf.BodyEssence()
+
+    def fetch(self, *, body: kopf.Body) -> kopf.BodyEssence:
+        return kopf.BodyEssence()
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        """Nothing: see the class."""
+
+
+def operator_settings() -> kopf.OperatorSettings:
+    settings = kopf.OperatorSettings()
+    settings.persistence.finalizer = FINALIZER
+    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP, v1=False)
+    settings.persistence.diffbase_storage = NoDiffBase()
+    # Our Events have stable reasons and are counted; kopf's would be noise beside them.
+    settings.posting.enabled = False
+    settings.networking.request_timeout = 30.0
+    settings.networking.connect_timeout = 10.0
+    settings.watching.connect_timeout = 10.0
+    settings.watching.server_timeout = 300.0
+    settings.watching.client_timeout = 330.0
+    settings.watching.chunk_size = 250
+    # This process decides itself how long its end may take.
+    settings.process.ultimate_exiting_timeout = None
+    return settings
+
+
+async def _connection() -> kopf.ConnectionInfo:
+    configuration = await load_configuration()
+    header = await configuration.get_api_key_with_prefix("BearerToken") or ""
+    return kopf.ConnectionInfo(
+        server=str(configuration.host),
+        ca_path=configuration.ssl_ca_cert,
+        insecure=not configuration.verify_ssl,
+        token=header.removeprefix("Bearer ").strip() or None,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+    )
+
+
+def _subject(body: kopf.Body) -> Subject:
+    return Subject(str(body.metadata.namespace), str(body.metadata.name), str(body.metadata.uid))
+
+
+async def _in(loop: asyncio.AbstractEventLoop, work: Any) -> None:
+    """Run the coroutine *work* in another thread's *loop*."""
+    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))

@@ -1,0 +1,78 @@
+"""What the controller needs of the rest of the program, as small protocols: the real ones are in ``nix``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from cknix_csi.api.closure import Closure
+from cknix_csi.api.expression import Data
+from cknix_csi.api.progress import Progress
+from cknix_csi.api.storepath import StorePath
+from cknix_csi.kube.client import KubernetesApi
+from cknix_csi.nix.cache.signing import KeyPair
+from cknix_csi.nix.nix import Evaluation
+
+
+class Nix(Protocol):
+    """Evaluation and builds.  Cancelling a call ends its processes before the cancellation goes on."""
+
+    async def evaluate(self, data: Data, system: str) -> Evaluation:
+        """Raises ``EvaluationFailed`` or ``DeadlineExceeded``."""
+
+    async def build(self, evaluation: Evaluation, *, progress: Callable[[Progress], None]) -> None:
+        """Makes the result valid.  Raises ``BuildFailed`` or ``DeadlineExceeded``."""
+
+
+class Closures(Protocol):
+    """The store's database."""
+
+    async def is_valid(self, path: StorePath) -> bool:
+        """Whether *path* is in the store."""
+
+    async def query(self, root: StorePath) -> Closure:
+        """Raises ``PathNotValid``."""
+
+
+class Roots(Protocol):
+    """GC roots by name; synchronous, called in a thread."""
+
+    def add(self, name: str, path: StorePath) -> None: ...
+
+    def remove(self, name: str) -> None:
+        """No root of that name is no error."""
+
+    def list(self) -> dict[str, StorePath]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the controller works."""
+
+    namespace: str
+    """Where the driver is installed: its Secret and ConfigMap live there."""
+    cache_url: str
+    """What nodes are told to fetch from."""
+    systems: tuple[str, ...]
+    """Systems this controller can build for; the first is its own."""
+    max_builds: int
+    retry_first: float = 5.0
+    """Seconds before the first retry after a failure of the infrastructure; then growing, jittered."""
+    retry_cap: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Dependencies:
+    """Everything :func:`cknix_csi.controller.app.run_controller` is given."""
+
+    api: KubernetesApi
+    nix: Nix
+    closures: Closures
+    roots: Roots
+    serve_cache: Callable[[KeyPair], Coroutine[Any, Any, None]]
+    """Serves the store, signed with the key, until cancelled."""
+    generate_key: Callable[[str], KeyPair]
+    options: Options
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)

@@ -1,0 +1,334 @@
+"""The status of an Expression: what is known, what is shown, which results are kept.  Pure.
+
+Three steps lead to a result, each with a condition: Evaluated, Built, Published.  Everything else is derived:
+
+* ``phase`` from the steps of the newest generation;
+* ``Ready`` from the results: True as long as there is one, whatever the newest generation does.  Its
+  ``observedGeneration`` is the generation that the *result* is from, so that ``kubectl wait --for=condition=Ready``
+  after a change waits for the changed result, while pods go on using the last good one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from cknix_csi.api import conditions
+from cknix_csi.api.conditions import Condition, Status
+from cknix_csi.api.expression import (
+    BUILT,
+    EVALUATED,
+    FAILED,
+    PENDING,
+    PUBLISHED,
+    READY,
+    RUNNING,
+    SUCCEEDED,
+    Spec,
+)
+from cknix_csi.api.progress import Progress
+from cknix_csi.api.storepath import InvalidStorePath, StorePath
+
+STEPS = (EVALUATED, BUILT, PUBLISHED)
+
+# Reasons of steps.  Failures use the reason of their error (EvaluationFailed, BuildFailed, …).
+QUEUED = "Queued"
+EVALUATING = "Evaluating"
+BUILDING = "Building"
+PUBLISHING = "Publishing"
+WAITING = "Waiting"
+RETRYING = "Retrying"
+# Reasons of Ready.
+LAST_GOOD_RESULT = "LastGoodResult"
+NO_RESULT = "NoResult"
+
+MAX_MESSAGE_BYTES = 4096
+MAX_HEADLINE_BYTES = 512
+# Bounds of the CRD.
+MAX_BUILDING = 16
+MAX_NAME = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A published store path."""
+
+    system: str
+    path: StorePath
+    closure_size: int
+    """Bytes of all NARs of the closure."""
+    paths: int
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """A result whose GC root is kept."""
+
+    system: str
+    path: StorePath
+    generation: int
+    """The newest generation that had this result."""
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExpressionStatus:
+    observed_generation: int = 0
+    steps: tuple[Condition, ...] = ()
+    """The conditions Evaluated, Built and Published, as far as they have been set."""
+    ready: Mapping[str, Any] | None = None
+    """The condition Ready as last shown: its transition time is kept."""
+    results: tuple[Result, ...] = ()
+    result: StorePath | None = None
+    roots: tuple[Root, ...] = ()
+    """Newest first."""
+    progress: Progress | None = None
+    message: str = ""
+    rebuild: str = ""
+    """The value of the annotation ``cknix.cool/rebuild`` that has been acted on."""
+
+    @classmethod
+    def parse(cls, body: Mapping[str, Any]) -> ExpressionStatus:
+        """The status of an Expression object; entries that are malformed count as absent."""
+        status = body.get("status") or {}
+        found = [condition for condition in status.get("conditions") or [] if isinstance(condition, dict)]
+        results, roots = [], []
+        for entry in status.get("results") or []:
+            try:
+                path = StorePath.parse(entry["path"])
+                results.append(
+                    Result(entry["system"], path, int(entry.get("closureSize", 0)), int(entry.get("paths", 0)))
+                )
+            except (KeyError, TypeError, ValueError):
+                continue
+        for entry in status.get("gcRoots") or []:
+            try:
+                path = StorePath.parse(entry["path"])
+                roots.append(Root(entry["system"], path, int(entry["generation"]), str(entry["createdAt"])))
+            except (KeyError, TypeError, ValueError):
+                continue
+        try:
+            result = StorePath.parse(str(status.get("result", "")))
+        except InvalidStorePath:
+            result = None
+        return cls(
+            observed_generation=int(status.get("observedGeneration") or 0),
+            steps=tuple(condition for kind in STEPS if (condition := _copy(conditions.find(found, kind))) is not None),
+            ready=conditions.find(found, READY),
+            results=tuple(results),
+            result=result,
+            roots=tuple(roots),
+            message=str(status.get("message") or ""),
+            rebuild=str(status.get("lastHandledRebuild") or ""),
+        )
+
+    @property
+    def phase(self) -> str:
+        return phase(self.steps, self.observed_generation)
+
+    @property
+    def result_generation(self) -> int:
+        """The newest generation that the results are from; 0 when there are none."""
+        current = {(result.system, result.path) for result in self.results}
+        return max((root.generation for root in self.roots if (root.system, root.path) in current), default=0)
+
+    def begun(self, generation: int, rebuild: str, now: datetime) -> ExpressionStatus:
+        """Work on *generation* begins (anew): no step is done, results stay."""
+        status = replace(self, observed_generation=generation, rebuild=rebuild, progress=None)
+        for kind in STEPS:
+            status = status.with_step(kind, "Unknown", QUEUED if kind == EVALUATED else WAITING, "", now)
+        return status
+
+    def with_step(self, kind: str, state: Status, reason: str, message: str, now: datetime) -> ExpressionStatus:
+        steps = conditions.with_condition(
+            self.steps,
+            kind,
+            state,
+            reason=reason,
+            message=headline(message),
+            generation=self.observed_generation,
+            now=now,
+        )
+        return replace(self, steps=tuple(steps))
+
+    def with_results(
+        self, results: Sequence[Result], *, primary: str, history_limit: int, now: datetime
+    ) -> ExpressionStatus:
+        """New *results* of the observed generation; the oldest roots beyond *history_limit* per system are dropped."""
+        roots = self.roots
+        for result in results:
+            roots = kept(roots, result, self.observed_generation, history_limit, conditions.timestamp(now))
+        # A system that is no longer built for has no result to keep.
+        systems = {result.system for result in results}
+        by_system = {result.system: result.path for result in results}
+        return replace(
+            self,
+            results=tuple(results),
+            result=by_system.get(primary, results[0].path if results else None),
+            roots=tuple(root for root in roots if root.system in systems),
+        )
+
+    def render(self, now: datetime) -> dict[str, Any]:
+        """The whole ``.status`` as it is written."""
+        status: dict[str, Any] = {
+            "phase": self.phase,
+            "observedGeneration": self.observed_generation,
+            "conditions": [*self.steps, self._ready(now)],
+            "message": bounded(self.message),
+        }
+        if self.result is not None:
+            status["result"] = str(self.result)
+        if self.results:
+            status["results"] = [
+                {
+                    "system": result.system,
+                    "path": str(result.path),
+                    "closureSize": result.closure_size,
+                    "paths": result.paths,
+                }
+                for result in self.results
+            ]
+        if self.roots:
+            status["gcRoots"] = [
+                {
+                    "system": root.system,
+                    "path": str(root.path),
+                    "generation": root.generation,
+                    "createdAt": root.created_at,
+                }
+                for root in self.roots
+            ]
+        if self.progress is not None:
+            status["progress"] = {
+                "done": self.progress.done,
+                "expected": self.progress.expected,
+                "building": [name[:MAX_NAME] for name in self.progress.building[:MAX_BUILDING]],
+            }
+        if self.rebuild:
+            status["lastHandledRebuild"] = self.rebuild
+        return status
+
+    def settled(self, now: datetime) -> ExpressionStatus:
+        """This status with Ready brought up to date, so that later renderings keep its transition time."""
+        return replace(self, ready=self._ready(now))
+
+    def _ready(self, now: datetime) -> Condition:
+        before = [self.ready] if self.ready is not None else []
+        state: Status
+        if self.results:
+            state, generation = "True", self.result_generation or self.observed_generation
+            reason, message = self._ready_result(generation)
+        else:
+            state, generation = "False", self.observed_generation
+            reason, message = NO_RESULT, headline(self.message)
+            failed = next((step for step in self.steps if step["status"] == "False"), None)
+            if failed is not None:
+                reason, message = str(failed["reason"]), str(failed["message"])
+        return conditions.with_condition(
+            before, READY, state, reason=reason, message=message, generation=generation, now=now
+        )[0]
+
+    def _ready_result(self, generation: int) -> tuple[str, str]:
+        if self.phase == SUCCEEDED:
+            return SUCCEEDED, f"result of generation {generation}"
+        failed = next((step for step in self.steps if step["status"] == "False"), None)
+        newest = "" if generation == self.observed_generation else f"generation {self.observed_generation} "
+        if failed is not None:
+            said = f"{newest or 'its newest evaluation or build '}failed: {failed['message']}"
+        else:
+            said = f"{newest}is being worked on" if newest else "it is being looked at anew"
+        return LAST_GOOD_RESULT, f"result of generation {generation}; {said}"
+
+
+def phase(steps: Sequence[Mapping[str, Any]], generation: int) -> str:
+    """The summary of the steps of *generation*; steps of an older one say nothing about it."""
+    current = [
+        step
+        for kind in STEPS
+        if (step := conditions.find(steps, kind)) is not None and step.get("observedGeneration") == generation
+    ]
+    if any(step["status"] == "False" for step in current):
+        return FAILED
+    if len(current) == len(STEPS) and all(step["status"] == "True" for step in current):
+        return SUCCEEDED
+    pending = next((step for step in current if step["status"] != "True"), None)
+    if pending is None or pending["reason"] in {QUEUED, RETRYING}:
+        return PENDING
+    return RUNNING
+
+
+def kept(
+    roots: Sequence[Root], result: Result, generation: int, history_limit: int, created_at: str
+) -> tuple[Root, ...]:
+    """*roots* with *result* as the newest of its system, at most *history_limit* of that system.
+
+    A result that is the newest already keeps its age and gets the new generation; an older one comes to the front.
+    """
+    own = [root for root in roots if root.system == result.system]
+    others = [root for root in roots if root.system != result.system]
+    if own and own[0].path == result.path:
+        newest = replace(own[0], generation=generation)
+    else:
+        newest = Root(result.system, result.path, generation, created_at)
+    older = [root for root in own if root.path != result.path]
+    return (*([newest, *older][:history_limit]), *others)
+
+
+def is_settled(status: ExpressionStatus, generation: int, rebuild: str) -> bool:
+    """True when this generation has been worked on to its end, good or bad, and no rebuild is asked for."""
+    return (
+        status.observed_generation == generation and status.rebuild == rebuild and status.phase in {SUCCEEDED, FAILED}
+    )
+
+
+def until_refresh(status: ExpressionStatus, spec: Spec, now: datetime) -> float | None:
+    """Seconds until the next evaluation is due, 0 when it is; None when it is not evaluated again.
+
+    The last evaluation ended when the condition Evaluated last changed: each one sets it to Unknown first.
+    """
+    if spec.refresh is None:
+        return None
+    evaluated = conditions.find(status.steps, EVALUATED)
+    if evaluated is None:
+        return 0.0
+    try:
+        last = datetime.strptime(str(evaluated.get("lastTransitionTime")), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    except ValueError:
+        return 0.0
+    # A clock that was wrong must not put the next evaluation off for ever.
+    last = min(last, now)
+    return max(0.0, (last + timedelta(seconds=spec.refresh) - now).total_seconds())
+
+
+def bounded(text: str, limit: int = MAX_MESSAGE_BYTES) -> str:
+    """*text* in at most *limit* bytes: its first line and as much of its end as fits.
+
+    Nix's log ends with what went wrong, so the middle is what can be missed.
+    """
+    data = text.encode()
+    if len(data) <= limit:
+        return text
+    mark = "\n[…]\n".encode()
+    first = data.partition(b"\n")[0][: limit // 4]
+    last = data[len(data) - (limit - len(first) - len(mark)) :]
+    return b"".join((first, mark, last)).decode(errors="ignore")
+
+
+def headline(text: str) -> str:
+    """The line of *text* that says most, in at most :data:`MAX_HEADLINE_BYTES` bytes: for conditions and lists.
+
+    That is Nix's innermost error, which it writes last (before the place), else the first line.
+    """
+    lines = [line.strip() for line in text.strip().splitlines()]
+    errors = [line.removeprefix("error:").strip() for line in lines if line.startswith("error:")]
+    line = next((error for error in reversed(errors) if error), lines[0] if lines else "")
+    data = line.encode()
+    if len(data) <= MAX_HEADLINE_BYTES:
+        return line
+    return data[: MAX_HEADLINE_BYTES - len("…".encode())].decode(errors="ignore") + "…"
+
+
+def _copy(condition: Mapping[str, Any] | None) -> Condition | None:
+    return None if condition is None else dict(condition)

@@ -1,0 +1,1 @@
+"""The CSI services of a node, registration with kubelet, and the rules of the wire.  Only this room speaks gRPC."""

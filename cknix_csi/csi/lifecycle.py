@@ -1,0 +1,14 @@
+"""What callers are told while the daemon stops."""
+
+from __future__ import annotations
+
+from cknix_csi.api.errors import CknixError, Code
+
+
+def shutting_down(work: str) -> CknixError:
+    """kubelet keeps the volume as "uncertain" and retries with the next daemon."""
+    return CknixError(
+        f"{work} was interrupted: the node daemon is shutting down; kubelet will retry",
+        code=Code.UNAVAILABLE,
+        reason="ShuttingDown",
+    )

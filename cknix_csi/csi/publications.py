@@ -1,0 +1,54 @@
+"""May this volume be published here?  The table of the CSI specification, "NodePublishVolume", as pure functions.
+
+What is at a target comes from the kernel's mount table.  What else was asked for (volume id, source) is not in that
+table; it is known only for what this process published itself, and where it is not known it is not held against the
+caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from cknix_csi.api.attributes import FromStorePath
+from cknix_csi.api.errors import CknixError, Code, Conflict
+from cknix_csi.csi.requests import PublishCall
+from cknix_csi.volumes.volumes import Publication
+
+
+def require_same(call: PublishCall, there: Publication, remembered: PublishCall | None) -> None:
+    """Accept *call* when *there*, mounted at its target, is what it asks for.
+
+    Raises :class:`Conflict` naming what differs.
+    An Expression may have a newer result by now: a running pod keeps the closure it started with, so for an Expression
+    any closure will do.
+    """
+    differs = []
+    if there.writable != call.writable:
+        differs.append(f"it is {_mode(there.writable)}, asked for is {_mode(call.writable)}")
+    if isinstance(call.source, FromStorePath) and there.closure_id != call.source.path.basename:
+        differs.append(f"it shows {there.closure_id}, asked for is {call.source.path.basename}")
+    if remembered is not None and remembered.volume_id != call.volume_id:
+        differs.append(f"it is volume {remembered.volume_id}, asked for is volume {call.volume_id}")
+    if remembered is not None and remembered.source != call.source and not isinstance(call.source, FromStorePath):
+        differs.append(f"it was published from {remembered.source}, asked for is {call.source}")
+    if differs:
+        raise Conflict(
+            f"another volume is published at target_path {call.target}: {'; '.join(differs)}; unpublish it first"
+        )
+
+
+def require_only(call: PublishCall, targets: Iterable[Path]) -> None:
+    """Refuse *call* when its access mode allows one target and the volume is published at another of *targets*."""
+    others = sorted(str(target) for target in targets if target != call.target)
+    if call.access_mode.one_target and others:
+        raise CknixError(
+            f"volume {call.volume_id} is published at {others[0]} already, and access mode {call.access_mode.name} "
+            "allows one target on a node; use accessModes ReadWriteOnce or ReadOnlyMany to share it",
+            code=Code.FAILED_PRECONDITION,
+            reason="AlreadyPublished",
+        )
+
+
+def _mode(writable: bool) -> str:
+    return "writable" if writable else "read-only"

@@ -1,0 +1,110 @@
+"""From what a volume asks for to one exact store path."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from cknix_csi.api.attributes import EXPRESSION, FromExpression, FromSource, FromStorePath, VolumeSource
+from cknix_csi.api.errors import CknixError, Code, InProgress, NotFound
+from cknix_csi.api.expression import FAILED, SUCCEEDED, Observed
+from cknix_csi.api.storepath import StorePath
+
+
+class Expressions(Protocol):
+    """The cluster's Expressions; satisfied by ``kube.expressions.ExpressionWatch``."""
+
+    async def get(self, namespace: str, name: str) -> Observed:
+        """Raises :class:`NotFound`, or a :class:`CknixError` with UNAVAILABLE when the API server cannot be asked."""
+
+    async def changed(self, seen: Observed) -> Observed:
+        """Wait until the object differs from *seen*.  Raises :class:`NotFound` when it has been deleted."""
+
+
+class Resolver:
+    """Resolves volume sources on a node of *system*; *expressions* is None where there is no Kubernetes."""
+
+    def __init__(self, system: str, expressions: Expressions | None) -> None:
+        self._system = system
+        self._expressions = expressions
+
+    async def resolve(self, source: VolumeSource, *, budget: float) -> StorePath:
+        """The store path that *source* means now.
+
+        Waits up to *budget* seconds for an Expression that has no result yet, and returns as soon as it has one.
+        Raises :class:`InProgress` when the budget ends, :class:`NotFound`, or a :class:`CknixError` with
+        FAILED_PRECONDITION when waiting would not help.
+        """
+        match source:
+            case FromStorePath(path):
+                return path
+            case FromExpression():
+                return await self._expression(source, budget)
+            case FromSource():
+                raise _refused(
+                    f'volume attribute "{source.kind}": Nix text inside a volume is not evaluated yet; '
+                    f'apply an Expression with this text and name it with the attribute "{EXPRESSION}"'
+                )
+
+    async def _expression(self, source: FromExpression, budget: float) -> StorePath:
+        if self._expressions is None:
+            raise _refused(
+                f'volume attribute "{EXPRESSION}": {source} cannot be looked up, this driver runs without Kubernetes; '
+                'use "storePath"'
+            )
+        observed: Observed | None = None
+        try:
+            async with asyncio.timeout(max(budget, 0)):
+                observed = await self._expressions.get(source.namespace, source.name)
+                while (path := settle(observed, self._system)) is None:
+                    observed = await self._expressions.changed(observed)
+        except TimeoutError:
+            raise _not_yet(source, observed) from None
+        except NotFound:
+            raise NotFound(
+                f'Expression "{source}" does not exist; create it or correct the volume attribute "{EXPRESSION}"'
+            ) from None
+        return path
+
+
+def settle(observed: Observed, system: str) -> StorePath | None:
+    """The latest good result for *system*, or None when one may still come.
+
+    A result stays good while a newer generation is built, and when that fails.  Raises :class:`CknixError` with
+    FAILED_PRECONDITION when there is none and none is on its way.
+    """
+    if system in observed.results:
+        return observed.results[system]
+    if observed.observed_generation < observed.generation or observed.phase not in {SUCCEEDED, FAILED}:
+        return None
+    if observed.phase == FAILED:
+        raise CknixError(
+            f"Expression {observed} failed (generation {observed.generation}): {observed.message or 'no message'}",
+            code=Code.FAILED_PRECONDITION,
+            reason="ExpressionFailed",
+        )
+    results = ", ".join(sorted(observed.results)) or "no system"
+    raise CknixError(
+        f"Expression {observed} has no result for this node's system {system}, only for {results}; "
+        "add the system to spec.systems, or run the pod on another node",
+        code=Code.FAILED_PRECONDITION,
+        reason="WrongSystem",
+    )
+
+
+def _not_yet(source: FromExpression, observed: Observed | None) -> CknixError:
+    if observed is None:
+        return CknixError(
+            f"the API server did not answer in time about Expression {source}; kubelet will retry",
+            code=Code.UNAVAILABLE,
+            reason="ApiUnavailable",
+        )
+    detail = f": {observed.message}" if observed.message else ""
+    return InProgress(
+        f"Expression {observed} has no result yet (generation {observed.generation}, {observed.phase}){detail}; "
+        "kubelet will retry"
+    )
+
+
+def _refused(message: str) -> CknixError:
+    return CknixError(message, code=Code.FAILED_PRECONDITION, reason="UnsupportedSource")

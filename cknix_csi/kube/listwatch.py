@@ -1,0 +1,62 @@
+"""List, then watch, then list again: a copy of a collection that is never far behind and survives every outage."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from typing import NoReturn
+
+from cknix_csi.kube.api import GONE, Api, ApiError, Json, list_all
+from cknix_csi.kube.backoff import Backoff
+
+# One stream lasts between one and two of these.  Ending it now and then spreads clients over API servers.
+WATCH_SECONDS = 300.0
+
+_log = logging.getLogger(__name__)
+
+
+async def list_and_watch(
+    api: Api,
+    path: str,
+    *,
+    listed: Callable[[list[Json]], None],
+    changed: Callable[[str, Json], None],
+) -> NoReturn:
+    """Follow the collection at *path* for ever; an API server that is away is waited for.
+
+    *listed* gets every complete list: what is not in it is gone.  *changed* gets each change after it (ADDED, MODIFIED
+    or DELETED, and the object).
+    """
+    backoff = Backoff(first=0.2, cap=15.0)
+    version: str | None = None
+    while True:
+        try:
+            if version is None:
+                listing = await list_all(api, path)
+                listed(listing.items)
+                version = listing.resource_version
+                backoff.reset()
+            timeout = WATCH_SECONDS * (1 + random.random())  # noqa: S311 - spreads load, guards nothing
+            async for event in api.watch(path, resource_version=version, timeout=timeout):
+                version = str(event.object["metadata"]["resourceVersion"])
+                backoff.reset()
+                if event.kind != "BOOKMARK":
+                    changed(event.kind, event.object)
+        except ApiError as error:
+            if error.status == GONE:
+                version = None
+                continue
+            delay = backoff.next()
+            _log.log(
+                logging.WARNING if backoff.tries == 1 else logging.DEBUG,
+                "%s; following %s again in %.1f s",
+                error.message,
+                path,
+                delay,
+            )
+            await asyncio.sleep(delay)
+        else:
+            # A server that ends streams at once must not be asked in a busy loop.
+            await asyncio.sleep(0.05)

@@ -1,0 +1,36 @@
+"""What evaluation gets to see of this machine.
+
+``restrict-eval`` and pure evaluation do not keep files from a flake: an input such as ``path:/var/run/secrets/…`` or
+``file:///dev/vda`` is fetched before anything is evaluated, and its content can then be read (with Nix 2.8 to 2.34, and
+by ``builtins.getFlake`` in a restricted expression as well).  So the kernel keeps them: evaluation runs in a mount and
+PID namespace of its own, where secrets are covered and block devices cannot be opened.  ``/proc`` is a new one, since
+``/proc/1/root`` leads back to where they are not covered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+# What a sandboxed build needs of /dev, when evaluation imports from a derivation.
+_DEVICES = "null zero full random urandom tty kvm"
+
+_SCRIPT = f"""
+mount --bind /dev /dev
+for device in {_DEVICES}; do
+  if [ -e /dev/$device ]; then mount --bind /dev/$device /dev/$device; fi
+done
+mount -o remount,bind,nodev,nosuid /dev
+while [ "$1" != -- ]; do
+  if [ -d "$1" ]; then mount -t tmpfs -o ro,mode=0,size=4k cknix-hidden "$1"; fi
+  shift
+done
+shift
+exec "$@"
+"""
+
+
+def confined(argv: Sequence[str], hidden: Sequence[Path]) -> list[str]:
+    """The command that runs *argv* without the directories *hidden*.  It needs root, and fails where it cannot hide."""
+    namespaces = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    return [*namespaces, "--", "sh", "-euc", _SCRIPT, "sh", *map(str, hidden), "--", *argv]

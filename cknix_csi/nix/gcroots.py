@@ -1,0 +1,97 @@
+"""Garbage-collector roots: symbolic links below the store's ``gcroots`` directory.
+
+Nix keeps whatever a link there points at (Nix manual, "Garbage Collector Roots").  A link may be made before its target
+exists: a path is thus protected from the moment it becomes valid.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from cknix_csi.api.storepath import InvalidStorePath, StorePath
+from cknix_csi.nix.store import Store
+
+_NEW = ".new"
+
+
+class GcRoots:
+    """The roots of one owner, below ``gcroots/cknix/<owner>``.  Synchronous and cheap: call it from a thread.
+
+    A name is one or more plain file names joined by ``/``.  Only one process may own a directory of roots at a time.
+    """
+
+    def __init__(self, store: Store, owner: str) -> None:
+        self._directory = store.gcroots / owner
+        # remove() takes away empty directories under the feet of an add() in another thread.
+        self._lock = threading.Lock()
+
+    def add(self, name: str, path: StorePath) -> None:
+        """Root *path* under *name*, replacing what was there; durable when this returns."""
+        link = self._link(name)
+        with self._lock:
+            try:
+                if os.readlink(link) == str(path):
+                    return
+            except FileNotFoundError:
+                pass
+            _make_directory(link.parent)
+            beside = link.with_name(_NEW)
+            beside.unlink(missing_ok=True)
+            beside.symlink_to(str(path))
+            beside.replace(link)
+            _fsync_directory(link.parent)
+
+    def remove(self, name: str) -> None:
+        """Drop the root *name*, and directories that are empty without it.  No root of that name is no error."""
+        link = self._link(name)
+        with self._lock:
+            link.unlink(missing_ok=True)
+            # Left by a crash within add(); Nix takes it for a root like any other.
+            link.with_name(_NEW).unlink(missing_ok=True)
+            for parent in link.parents:
+                if parent == self._directory:
+                    break
+                try:
+                    parent.rmdir()
+                except OSError:
+                    break
+
+    def list(self) -> dict[str, StorePath]:
+        """All roots by name.  Links that are no store paths are not ours and are left out."""
+        found = {}
+        for directory, directories, names in os.walk(self._directory):
+            # A link is listed with the directories where a directory of the same store path exists on this machine.
+            for name in (*names, *directories):
+                link = Path(directory) / name
+                if name.startswith(".") or not link.is_symlink():
+                    continue
+                try:
+                    found[str(link.relative_to(self._directory))] = StorePath.parse(os.readlink(link))
+                except InvalidStorePath:
+                    continue
+        return found
+
+    def _link(self, name: str) -> Path:
+        parts = name.split("/")
+        if any(not part or part.startswith(".") or "\0" in part for part in parts):
+            raise ValueError(f"{name!r} is not a name for a GC root")
+        return self._directory.joinpath(*parts)
+
+
+def _make_directory(directory: Path) -> None:
+    """Make *directory* and those above it, durable as well."""
+    if directory.is_dir():
+        return
+    _make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    _fsync_directory(directory.parent)
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,177 @@
+"""Nix's ``--log-format internal-json``: progress while it runs, then what explains a failure.
+
+Numbers of activities and results are those of Nix's logging.hh, the same from 2.8 to 2.34.  Builders can write lines of
+this format too (Nix passes on a part of them), so nothing here may rely on a line being well formed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any
+
+from cknix_csi.api.progress import Progress
+from cknix_csi.api.storepath import STORE_DIR
+
+MAX_TAIL_LINES = 30
+MAX_TAIL_CHARACTERS = 3 * 1024
+MAX_NAMED = 4
+# The activities whose lines and names are kept, and the length of such a line.
+_MAX_ACTIVITIES = 256
+_MAX_LINE_CHARACTERS = 1024
+
+_PREFIX = b"@nix "
+_ACT_COPY_PATHS = 103
+_ACT_BUILDS = 104
+_ACT_BUILD = 105
+_ACT_SUBSTITUTE = 108
+_RES_BUILD_LOG_LINE = 101
+_RES_PROGRESS = 105
+_LEVEL_ERROR = 0
+
+# CSI, OSC (ended by BEL or ST) and two-character sequences (ECMA-48).
+_ANSI = re.compile(r"\x1b(?:\[[0-9;:?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
+# Control, format (such as direction overrides) and surrogate characters.
+_UNPRINTABLE = {"Cc", "Cf", "Cs"}
+_STORE_NAME = re.compile(rf"{STORE_DIR}/[0-9a-z]{{32}}-([0-9A-Za-z+\-._?=]+)")
+# An error message whose line was cut: the keys of an event are in alphabetical order.
+_CUT_ERROR = re.compile(r'\{"action":"msg",.*?"level":0,.*?"msg":"(?P<text>(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\[^u])*)')
+
+
+def plain(text: str) -> str:
+    """*text* without terminal escapes and other unprintable characters except newlines and tabs."""
+    text = _ANSI.sub("", text)
+    return "".join(
+        character for character in text if character in "\n\t" or unicodedata.category(character) not in _UNPRINTABLE
+    )
+
+
+class Log:
+    """Takes stderr line by line, calls *on_progress* when the counts change, and keeps what a failure needs."""
+
+    def __init__(self, on_progress: Callable[[Progress], None] | None = None) -> None:
+        self._on_progress = on_progress
+        self._last: Progress | None = None
+        self._counters: dict[int, tuple[int, int]] = {}
+        self._running: dict[int, str] = {}
+        self._builds: OrderedDict[int, _Build] = OrderedDict()
+        self._errors: deque[str] = deque(maxlen=MAX_TAIL_LINES)
+
+    def feed(self, line: bytes) -> None:
+        """One line of stderr; lines that are no JSON count as messages."""
+        text = line.decode(errors="replace")
+        if not line.startswith(_PREFIX):
+            if text.strip():
+                self._errors.append(_bounded(plain(text)))
+            return
+        text = text[len(_PREFIX) :]
+        try:
+            event = json.loads(text)
+        except (ValueError, RecursionError):
+            if cut := _CUT_ERROR.match(text):
+                self._errors.append(_bounded(plain(json.loads(f'"{cut["text"]}"', strict=False)).strip()))
+            return
+        if isinstance(event, dict):
+            self._event(event)
+
+    @property
+    def error(self) -> str:
+        """Nix's own error messages, oldest first, bounded; empty when there were none."""
+        return _bounded("\n".join(self._errors))
+
+    @property
+    def failure(self) -> str:
+        """What a person needs to see of a failed command: the builder's last lines, then Nix's error, bounded."""
+        error = self.error
+        # Some versions of Nix repeat the log's end in the message, each line behind "> ".
+        told = {line.strip().removeprefix(">").strip() for line in error.splitlines()}
+        failed = [build for build in self._builds.values() if build.derivation and build.derivation in error]
+        lines = [line for build in failed or self._builds.values() for line in build.lines if line.strip() not in told]
+        log = _tail("\n".join(lines[-MAX_TAIL_LINES:]), MAX_TAIL_CHARACTERS - min(len(error), MAX_TAIL_CHARACTERS // 2))
+        return f"{log}\n{error}".strip() if log else error
+
+    def _event(self, event: dict[str, Any]) -> None:
+        action, number, fields = event.get("action"), event.get("id"), event.get("fields")
+        fields = fields if isinstance(fields, list) else []
+        if action == "msg" and event.get("level") == _LEVEL_ERROR:
+            self._errors.append(_bounded(plain(str(event.get("msg", ""))).strip()))
+        elif not isinstance(number, int):
+            return
+        elif action == "start":
+            self._start(number, event.get("type"), fields)
+        elif action == "stop":
+            if self._running.pop(number, None) is not None:
+                self._report()
+        elif action == "result":
+            self._result(number, event.get("type"), fields)
+
+    def _start(self, number: int, kind: object, fields: list[Any]) -> None:
+        if kind in {_ACT_BUILDS, _ACT_COPY_PATHS} and len(self._counters) < _MAX_ACTIVITIES:
+            self._counters[number] = (0, 0)
+        elif kind in {_ACT_BUILD, _ACT_SUBSTITUTE} and fields and len(self._running) < _MAX_ACTIVITIES:
+            path = str(fields[0])[:_MAX_LINE_CHARACTERS]
+            match = _STORE_NAME.match(path)
+            self._running[number] = (match[1] if match else plain(path)).removesuffix(".drv")
+            if kind == _ACT_BUILD:
+                self._build(number).derivation = path
+            self._report()
+
+    def _result(self, number: int, kind: object, fields: list[Any]) -> None:
+        if kind == _RES_BUILD_LOG_LINE and fields:
+            line = plain(str(fields[0]))
+            if line.strip():
+                self._build(number).lines.append(_tail(line, _MAX_LINE_CHARACTERS))
+        elif kind == _RES_PROGRESS and number in self._counters and _are_counts(fields[:4], 4):
+            done, expected, running, failed = fields[:4]
+            if not running and (done or failed):
+                # Between two builds the expected ones are off: Nix 2.34 counts the last one twice, and all versions
+                # forget those that failed.
+                expected = max(self._counters[number][1], done)
+            self._counters[number] = (done, expected)
+            self._report()
+
+    def _build(self, number: int) -> _Build:
+        build = self._builds.setdefault(number, _Build())
+        self._builds.move_to_end(number)
+        if len(self._builds) > _MAX_ACTIVITIES:
+            self._builds.popitem(last=False)
+        return build
+
+    def _report(self) -> None:
+        if self._on_progress is None:
+            return
+        progress = Progress(
+            done=sum(done for done, _ in self._counters.values()),
+            expected=sum(expected for _, expected in self._counters.values()),
+            building=tuple(list(self._running.values())[:MAX_NAMED]),
+        )
+        if progress != self._last and (progress.expected or progress.building):
+            self._last = progress
+            self._on_progress(progress)
+
+
+class _Build:
+    """What one derivation's builder said last."""
+
+    def __init__(self) -> None:
+        self.derivation = ""
+        self.lines: deque[str] = deque(maxlen=MAX_TAIL_LINES)
+
+
+def _are_counts(values: list[Any], length: int) -> bool:
+    return len(values) == length and all(isinstance(value, int) and value >= 0 for value in values)
+
+
+def _bounded(text: str) -> str:
+    """The beginning and the end of *text*: Nix names the cause first and the place last."""
+    if len(text) <= MAX_TAIL_CHARACTERS:
+        return text
+    half = MAX_TAIL_CHARACTERS // 2
+    return f"{text[:half]}\n[…]\n{text[-half:]}"
+
+
+def _tail(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"[…]{text[-limit:]}"

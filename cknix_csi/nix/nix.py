@@ -1,0 +1,328 @@
+"""Nix commands: evaluate an expression, build a derivation, fetch a path.
+
+Plain commands and their exit codes, since they are what stays the same from Nix 2.8 to 2.34.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cknix_csi.api.errors import (
+    BuildFailed,
+    CacheUnavailable,
+    CknixError,
+    DeadlineExceeded,
+    EvaluationFailed,
+    NotFound,
+    OutOfSpace,
+    PathUntrusted,
+)
+from cknix_csi.api.expression import Data
+from cknix_csi.api.progress import Progress, humanise
+from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
+from cknix_csi.nix import database, process
+from cknix_csi.nix.confine import confined
+from cknix_csi.nix.log import Log
+from cknix_csi.nix.store import Store
+from cknix_csi.nix.substituters import CacheEndpoint
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class NixOptions:
+    """How Nix is run.  Times are seconds."""
+
+    home: Path
+    """Nix's own caches and temporary files; private to this program."""
+    search_path: Mapping[str, Path] = field(default_factory=dict)
+    """Added to ``NIX_PATH``: what ``<name>`` means in an expression."""
+    restrict_eval: bool = True
+    """Evaluation may read the search path, the store and ``allowed-uris``, but not the rest of this machine's files;
+    what is *hidden* is out of reach for flakes as well."""
+    hidden: tuple[Path, ...] = (Path("/var/run/secrets"), Path("/run/secrets"))
+    """Directories that nothing evaluated may see: the service account's token."""
+    eval_timeout: float = 300.0
+    build_timeout: float = 3600.0
+    fetch_timeout: float = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an expression came to: the store path, and what must be built for it."""
+
+    result: StorePath
+    derivations: tuple[str, ...] = ()
+    """Installables such as ``/nix/store/….drv!out``; none when the path is there already or must be substituted."""
+
+
+class Nix:
+    """The Nix of this machine, working on one store."""
+
+    def __init__(self, store: Store, options: NixOptions) -> None:
+        self.store = store
+        self._options = options
+
+    async def evaluate(self, data: Data, system: str) -> Evaluation:
+        """Evaluate *data* for *system*; derivations are instantiated in the store, nothing is built for them.
+
+        Raises :class:`EvaluationFailed` with Nix's own words, or :class:`DeadlineExceeded`.
+        """
+        if data.kind == "storePath":
+            return Evaluation(StorePath.parse(data.text))
+        if data.kind == "flakeRef":
+            _require_flake_ref(data.text)
+            # Nothing that follows "--" can be an option.
+            description = await self._describe(["--no-write-lock-file"], ["--", data.text], system, {})
+        else:
+            with tempfile.TemporaryDirectory(prefix="cknix-eval-") as temporary:
+                # A path such as ./. becomes a store path with the directory's name, which must always be the same.
+                directory = Path(temporary) / "expr"
+                file = directory / "expr.nix"
+                await asyncio.to_thread(_write_expression, file, data.text)
+                arguments = ["--file", str(file), "--impure", "-I", f"cknix-expr={directory}"]
+                for name, path in self._options.search_path.items():
+                    arguments += ["-I", f"{name}={path}"]
+                if self._options.restrict_eval:
+                    arguments += ["--option", "restrict-eval", "true"]
+                description = await self._describe(arguments, [], system, {str(file): "expr", str(directory): "expr"})
+        return _evaluation(data, description)
+
+    async def build(self, evaluation: Evaluation, *, progress: OnProgress) -> None:
+        """Make the result of *evaluation* valid.  Raises :class:`BuildFailed` or :class:`DeadlineExceeded`."""
+        targets = evaluation.derivations or (str(evaluation.result),)
+        log = Log(progress)
+        timeout = self._options.build_timeout
+        try:
+            command = self._on_this_store(["nix-store", "--realise", *targets, *_LOGGING])
+            completed = await self._run(command, log, timeout)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the build of {evaluation.result} did not end within {humanise(timeout)} and was stopped"
+                f"; raise CKNIX_BUILD_TIMEOUT if it needs longer{_after(self._readable(log.failure))}"
+            ) from None
+        if completed.code == 0 and await asyncio.to_thread(database.is_valid, self.store, evaluation.result):
+            return
+        _raise_if_full(log.error)
+        if not evaluation.derivations:
+            raise BuildFailed(f"{evaluation.result} is not in the store and no substituter has it{_after(log.error)}")
+        raise BuildFailed(self._readable(log.failure) or f"nix-store --realise ended with code {completed.code}")
+
+    async def substitute(self, path: StorePath, caches: Sequence[CacheEndpoint], *, progress: OnProgress) -> None:
+        """Fetch the closure of *path* from *caches* (and those of nix.conf), believing only their signatures.
+
+        Raises :class:`CacheUnavailable`, :class:`PathUntrusted`, :class:`NotFound` or :class:`DeadlineExceeded`.
+        """
+        log = Log(progress)
+        timeout = self._options.fetch_timeout
+        options = {
+            "extra-substituters": " ".join(cache.url for cache in caches),
+            "extra-trusted-public-keys": " ".join(cache.public_key for cache in caches),
+            "require-sigs": "true",
+            # A path asked for too early must be found as soon as it is published.
+            "narinfo-cache-negative-ttl": "0",
+            "narinfo-cache-positive-ttl": "60",
+            "connect-timeout": "5",
+            "stalled-download-timeout": "20",
+            "download-attempts": "2",
+            "max-jobs": "0",
+            "fallback": "false",
+        }
+        try:
+            command = self._on_this_store(["nix-store", "--realise", str(path), *_LOGGING, *_as_arguments(options)])
+            completed = await self._run(command, log, timeout)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"fetching {path} did not end within {humanise(timeout)} and was stopped; "
+                "raise CKNIX_FETCH_TIMEOUT if it needs longer"
+            ) from None
+        if completed.code == 0 and await asyncio.to_thread(database.is_valid, self.store, path):
+            return
+        raise _fetch_error(path, caches, log)
+
+    async def _describe(
+        self, arguments: list[str], installables: list[str], system: str, renames: Mapping[str, str]
+    ) -> dict[str, Any]:
+        log = Log()
+        timeout = self._options.eval_timeout
+        apply = resources.files("cknix_csi.nix").joinpath("describe.nix").read_text()
+        options = {
+            "system": system,
+            # Mutable references are looked up anew: evaluation happens only when a change or a refresh is due.
+            "tarball-ttl": "0",
+            # A flake's own nixConfig could name another sandbox or a hook.
+            "accept-flake-config": "false",
+        }
+        command = ["nix", "eval", "--json", "--apply", apply, "--log-format", "internal-json", *arguments]
+        command = [*self._on_this_store(command), *_as_arguments(options), *installables]
+        if self._options.restrict_eval:
+            command = confined(command, self._options.hidden)
+        try:
+            completed = await self._run(command, log, timeout)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the evaluation did not end within {humanise(timeout)} and was stopped; "
+                "raise CKNIX_EVAL_TIMEOUT if it needs longer"
+            ) from None
+        except process.OutputTooLarge as error:
+            raise EvaluationFailed(f"the evaluation wrote {error}") from None
+        if completed.code != 0:
+            message = self._readable(log.failure, renames) or f"nix eval ended with code {completed.code}"
+            _raise_if_full(message)
+            raise EvaluationFailed(message)
+        description = json.loads(completed.stdout)
+        assert isinstance(description, dict)
+        return description
+
+    def _on_this_store(self, command: list[str]) -> list[str]:
+        argv = [*command, "--store", self.store.uri, "--extra-experimental-features", "nix-command flakes"]
+        return argv if _has_build_users() else [*argv, "--option", "build-users-group", ""]
+
+    async def _run(self, argv: list[str], log: Log, deadline: float) -> process.Completed:
+        try:
+            await asyncio.to_thread(self._options.home.mkdir, mode=0o700, parents=True, exist_ok=True)
+            return await process.run(argv, env=self._environment(), deadline=deadline, on_line=log.feed)
+        except FileNotFoundError as error:
+            raise CknixError(f"{error.filename} was not found; is Nix on PATH?", reason="NixNotFound") from None
+
+    def _readable(self, message: str, renames: Mapping[str, str] = {}) -> str:
+        """*message* in the reader's terms: paths as they know them, without the program's own part of a trace."""
+        for old, new in {**renames, str(self.store.physical): STORE_DIR}.items():
+            message = message.replace(old, new)
+        return _without_internals(message)
+
+    def _environment(self) -> dict[str, str]:
+        inherited = ("PATH", "NIX_PATH", "NIX_CONF_DIR", "NIX_SSL_CERT_FILE", "SSL_CERT_FILE", "LANG", "TMPDIR")
+        proxies = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
+        names = (*inherited, *proxies, *(name.upper() for name in proxies))
+        environment = {name: os.environ[name] for name in names if name in os.environ}
+        return {
+            **environment,
+            "HOME": str(self._options.home),
+            "XDG_CACHE_HOME": str(self._options.home / "cache"),
+            "XDG_CONFIG_HOME": str(self._options.home / "config"),
+            "XDG_DATA_HOME": str(self._options.home / "data"),
+            "XDG_STATE_HOME": str(self._options.home / "state"),
+        }
+
+
+def installed() -> bool:
+    """True when the Nix commands are on PATH."""
+    return shutil.which("nix") is not None and shutil.which("nix-store") is not None
+
+
+_LOGGING = ("--log-format", "internal-json", "-v")
+
+
+def _as_arguments(options: Mapping[str, str]) -> list[str]:
+    return [word for name, value in options.items() for word in ("--option", name, value)]
+
+
+@cache
+def _has_build_users() -> bool:
+    """Root builds as the members of ``nixbld`` where they exist; Nix refuses to build when the group is missing."""
+    try:
+        return bool(grp.getgrnam("nixbld").gr_mem)
+    except KeyError:
+        return False
+
+
+def _require_flake_ref(text: str) -> None:
+    """What Nix would take for something else than a flake, or read only half of.  Raises :class:`EvaluationFailed`."""
+    if text.startswith("-") or re.search(r"[\s\0]", text):
+        raise EvaluationFailed(f"{text!r} is not a flake reference: it may not hold spaces or begin with '-'")
+    if "^" in text:
+        reference, _, outputs = text.partition("^")
+        raise EvaluationFailed(
+            f"flakeRef {text!r} selects outputs with '^', which is not supported; name one as an attribute, "
+            f"for example {reference}.{outputs.partition(',')[0].strip('*') or 'out'}"
+        )
+
+
+def _write_expression(file: Path, text: str) -> None:
+    file.parent.mkdir()
+    file.write_text(text)
+
+
+_HINT = re.compile(r"[ (]*(?:stack trace truncated; )?use '--show-trace'[^\n]*\)\n?")
+_FIRST_FRAME = re.compile(r"(?<=error:)\n(?=\s*…)")
+_OWN_FRAME = re.compile(r"\s*… (?:while evaluating the file 'expr':$|.*at «string»:\d+:\d+:)", re.DOTALL)
+_EMPTY_TRACE = re.compile(r"error:\s*(?=error:)")
+
+
+def _without_internals(message: str) -> str:
+    """*message* without the frames of describe.nix, and without hints at options that its reader cannot give."""
+    frames = _FIRST_FRAME.sub("\n\n", _HINT.sub("", message)).split("\n\n")
+    return _EMPTY_TRACE.sub("", "\n\n".join(frame for frame in frames if not _OWN_FRAME.match(frame))).strip()
+
+
+def _shortened(text: str, limit: int = 500) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _evaluation(data: Data, description: Mapping[str, Any]) -> Evaluation:
+    kind = description["kind"]
+    wanted = "it must evaluate to a derivation or a store path"
+    if kind == "function":
+        missing = _shortened(", ".join(description["missing"]))
+        needs = f" that needs the arguments {missing}" if missing else ""
+        raise EvaluationFailed(f"{data.kind} evaluates to a function{needs}; {wanted} (give the arguments defaults)")
+    if kind == "set":
+        names = _shortened(", ".join(description["names"]))
+        raise EvaluationFailed(
+            f"{data.kind} evaluates to a set with the attributes {names or '(none)'}; {wanted}, so select one of them"
+        )
+    if kind not in {"derivation", "path"}:
+        raise EvaluationFailed(f"{data.kind} evaluates to a value of type {kind}; {wanted}")
+    try:
+        result = StorePath.parse(description["path"])
+    except InvalidStorePath as error:
+        raise EvaluationFailed(f"{data.kind} evaluates to text that is no store path: {error.message}") from None
+    if result.is_derivation:
+        raise EvaluationFailed(f"{data.kind} evaluates to the file {result}; {wanted}, so leave out .drvPath")
+    return Evaluation(
+        result,
+        tuple(f"{entry['path']}!{','.join(entry['outputs'] or ['*'])}" for entry in description["derivations"]),
+    )
+
+
+def _fetch_error(path: StorePath, caches: Sequence[CacheEndpoint], log: Log) -> CknixError:
+    """Which failure Nix's words mean; its exit code does not tell."""
+    text = log.error
+    _raise_if_full(text)
+    asked = ", ".join(cache.url for cache in caches) or "the substituters of nix.conf"
+    untrusted = ("signature", "not signed by", "hash mismatch", "lacks a valid signature", "corrupt", "untrusted")
+    if any(words in text for words in untrusted):
+        return PathUntrusted(f"{path} was refused: {text}")
+    unreachable = (
+        "unable to download",
+        "Couldn't connect",
+        "Could not resolve",
+        "timed out",
+        "HTTP error",
+        "disabling",
+    )
+    if not caches or any(words in text for words in unreachable):
+        return CacheUnavailable(f"{path} is not on this node and {asked} could not deliver it{_after(text)}")
+    return NotFound(f"{path} is not on this node and {asked} does not have it{_after(text)}", reason="PathNotFound")
+
+
+def _raise_if_full(text: str) -> None:
+    if "No space left on device" in text or "database or disk is full" in text:
+        raise OutOfSpace(text)
+
+
+def _after(text: str) -> str:
+    return f": {text}" if text else ""

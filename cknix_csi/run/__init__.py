@@ -1,0 +1,1 @@
+"""``cknix-csi run``: the node daemon's own code without Kubernetes."""

@@ -1,0 +1,141 @@
+"""The long-running roles, wired: settings → real parts → controller or node daemon, until SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from cknix_csi import __version__
+from cknix_csi.nix.closures import StoreClosures
+from cknix_csi.nix.demo import search_path
+from cknix_csi.nix.gcroots import GcRoots
+from cknix_csi.nix.nix import Nix, NixOptions
+from cknix_csi.nix.store import Store
+from cknix_csi.settings import (
+    DRIVER_NAME,
+    ControllerSettings,
+    NixSettings,
+    NodeSettings,
+    controller_settings,
+    node_settings,
+)
+
+_log = logging.getLogger(__name__)
+
+
+def controller(environment: Mapping[str, str]) -> int:
+    """Run the controller until SIGTERM; returns the exit code.  Raises ``Invalid`` for bad settings."""
+    settings = controller_settings(environment)
+    _log_to_stderr(settings.log_level)
+    _log.info("cknix %s controller, data root %s", __version__, settings.nix.data_root)
+    asyncio.run(_until_stopped(lambda stop: _controller(settings, stop)))
+    return 0
+
+
+def node(environment: Mapping[str, str]) -> int:
+    """Run the node daemon until SIGTERM; returns the exit code.  Raises ``Invalid`` for bad settings."""
+    settings = node_settings(environment)
+    _log_to_stderr(settings.log_level)
+    _log.info("cknix %s on node %s, data root %s", __version__, settings.node_name, settings.nix.data_root)
+    asyncio.run(_until_stopped(lambda stop: _node(settings, stop)))
+    return 0
+
+
+def nix_of(settings: NixSettings) -> Nix:
+    """The Nix of one data root."""
+    options = NixOptions(
+        home=settings.data_root / "home",
+        search_path=search_path(),
+        restrict_eval=settings.restrict_eval,
+        eval_timeout=settings.eval_timeout,
+        build_timeout=settings.build_timeout,
+        fetch_timeout=settings.fetch_timeout,
+    )
+    return Nix(Store.chroot(settings.data_root), options)
+
+
+async def _controller(settings: ControllerSettings, stop: asyncio.Event) -> None:
+    from cknix_csi.controller.app import run_controller  # noqa: PLC0415 - a node needs no kopf
+    from cknix_csi.controller.ports import Dependencies, Options  # noqa: PLC0415
+    from cknix_csi.kube.client import connect  # noqa: PLC0415
+    from cknix_csi.nix.cache.server import serve_cache  # noqa: PLC0415
+    from cknix_csi.nix.cache.signing import KeyPair, generate_key  # noqa: PLC0415
+
+    settings.nix.data_root.mkdir(parents=True, exist_ok=True)
+    nix = nix_of(settings.nix)
+
+    def serve(key: KeyPair) -> Coroutine[Any, Any, None]:
+        return serve_cache(nix.store, key, host=settings.cache_host, port=settings.cache_port)
+
+    async with connect() as api:
+        dependencies = Dependencies(
+            api=api,
+            nix=nix,
+            closures=StoreClosures(nix.store),
+            roots=GcRoots(nix.store, "expressions"),
+            serve_cache=serve,
+            generate_key=generate_key,
+            options=Options(
+                namespace=settings.namespace,
+                cache_url=settings.cache_url,
+                systems=(settings.nix.system,),
+                max_builds=settings.max_builds,
+            ),
+        )
+        await run_controller(dependencies, stop, instance=os.environ.get("HOSTNAME", "cknix-controller"))
+
+
+async def _node(settings: NodeSettings, stop: asyncio.Event) -> None:
+    from cknix_csi.csi.closures import ClosureService  # noqa: PLC0415 - a controller needs no gRPC
+    from cknix_csi.csi.daemon import NodeDependencies, run_node  # noqa: PLC0415
+    from cknix_csi.kube.cacheconfig import CacheConfig  # noqa: PLC0415
+    from cknix_csi.kube.client import connect  # noqa: PLC0415
+    from cknix_csi.kube.expressions import ExpressionWatch  # noqa: PLC0415
+    from cknix_csi.nix.fetcher import StoreFetcher  # noqa: PLC0415
+    from cknix_csi.volumes.volumes import Volumes  # noqa: PLC0415
+
+    data_root = settings.nix.data_root
+    data_root.mkdir(parents=True, exist_ok=True)
+    nix = nix_of(settings.nix)
+    volumes = Volumes(data_root, StoreClosures(nix.store))
+    try:
+        async with connect() as api, asyncio.TaskGroup() as tasks:
+            config = CacheConfig(api, settings.namespace, data_root / "state/cache.json")
+            watch = ExpressionWatch(api)
+            watching = tasks.create_task(watch.run(), name="expressions")
+            await run_node(
+                NodeDependencies(
+                    node_id=settings.node_name,
+                    system=settings.nix.system,
+                    endpoint=settings.endpoint,
+                    registration=settings.kubelet_root / "plugins_registry" / f"{DRIVER_NAME}-reg.sock",
+                    volumes=volumes,
+                    closures=ClosureService(StoreFetcher(nix, config.endpoints)),
+                    expressions=watch,
+                    budget=settings.rpc_budget,
+                ),
+                stop,
+            )
+            watching.cancel()
+    finally:
+        await volumes.close()
+
+
+async def _until_stopped(role: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await role(stop)
+    _log.info("stopped")
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )

@@ -1,0 +1,243 @@
+"""Settings: the environment, read once, validated as a whole and frozen.
+
+Every variable has the prefix ``CKNIX_``, but for the two that CSI and Kubernetes name: ``CSI_ENDPOINT`` (CSI spec,
+"Configuration and Operation") and ``KUBE_NODE_NAME``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from cknix_csi.api.durations import parse_duration
+from cknix_csi.api.errors import Invalid, Problem
+from cknix_csi.api.systems import KNOWN_SYSTEMS, system_of_machine
+
+T = TypeVar("T")
+
+DRIVER_NAME = "csi.cknix.cool"
+DATA_ROOT = Path("/var/lib/cknix")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_KUBELET_SECONDS = 120
+_MAX_SECONDS = 366 * 86_400
+# sizeof(sockaddr_un.sun_path) without the final NUL: unix(7).
+_MAX_SOCKET_PATH = 107
+
+
+@dataclass(frozen=True, slots=True)
+class NixSettings:
+    """How Nix is run; times are seconds."""
+
+    data_root: Path
+    system: str
+    eval_timeout: float
+    build_timeout: float
+    fetch_timeout: float
+    restrict_eval: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    nix: NixSettings
+    endpoint: Path
+    """The CSI socket as this process sees it, and as kubelet sees it: the same path."""
+    node_name: str
+    kubelet_root: Path
+    namespace: str
+    """Where the driver itself is installed."""
+    rpc_budget: float
+    """Seconds an RPC waits for work before it answers "in progress"; kubelet gives it 120."""
+    log_level: str
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerSettings:
+    nix: NixSettings
+    namespace: str
+    cache_url: str
+    cache_host: str
+    cache_port: int
+    max_builds: int
+    log_level: str
+
+
+def node_settings(environment: Mapping[str, str]) -> NodeSettings:
+    """Raises :class:`Invalid` with every problem."""
+    read = _Reader(environment)
+    settings = NodeSettings(
+        nix=_nix(read, DATA_ROOT),
+        endpoint=read("CSI_ENDPOINT", _endpoint, Path(f"/var/lib/kubelet/plugins/{DRIVER_NAME}/csi.sock")),
+        node_name=read("KUBE_NODE_NAME", _text, platform.node()),
+        kubelet_root=read("CKNIX_KUBELET_ROOT", _absolute, Path("/var/lib/kubelet")),
+        namespace=read("CKNIX_NAMESPACE", _namespace, "cknix-system"),
+        rpc_budget=read("CKNIX_RPC_BUDGET", _rpc_budget, 100.0),
+        log_level=_log_level(read),
+    )
+    read.finish()
+    return settings
+
+
+def controller_settings(environment: Mapping[str, str]) -> ControllerSettings:
+    """Raises :class:`Invalid` with every problem."""
+    read = _Reader(environment)
+    namespace = read("CKNIX_NAMESPACE", _namespace, "cknix-system")
+    host, port = read("CKNIX_CACHE_LISTEN", _listen, ("0.0.0.0", 8080))  # noqa: S104 - a pod's own network namespace
+    settings = ControllerSettings(
+        nix=_nix(read, DATA_ROOT / "controller"),
+        namespace=namespace,
+        cache_url=read("CKNIX_CACHE_URL", _url, f"http://cknix-cache.{namespace}.svc"),
+        cache_host=host,
+        cache_port=port,
+        max_builds=read("CKNIX_MAX_BUILDS", _positive, 4),
+        log_level=_log_level(read),
+    )
+    read.finish()
+    return settings
+
+
+def run_settings(environment: Mapping[str, str], data_root: Path | None) -> NixSettings:
+    """For ``cknix-csi run``: the caller is root on this machine already, so evaluation is not restricted.
+
+    Raises :class:`Invalid` with every problem.
+    """
+    read = _Reader({**environment, **({"CKNIX_DATA_ROOT": str(data_root)} if data_root else {})})
+    settings = _nix(read, DATA_ROOT, restrict_eval=False)
+    read.finish()
+    return settings
+
+
+class _Reader:
+    """Reads variables one by one and keeps what is wrong with them for :meth:`finish`."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self._problems: list[Problem] = []
+
+    def __call__(self, name: str, parse: Callable[[str], T], default: T) -> T:
+        text = self._environment.get(name, "")
+        if not text.strip():
+            return default
+        try:
+            return parse(text.strip())
+        except ValueError as error:
+            self._problems.append(Problem(f"environment variable {name}", f"{text!r} {error}"))
+            return default
+
+    def finish(self) -> None:
+        if self._problems:
+            raise Invalid(self._problems)
+
+
+def _nix(read: _Reader, data_root: Path, *, restrict_eval: bool = True) -> NixSettings:
+    return NixSettings(
+        data_root=read("CKNIX_DATA_ROOT", _absolute, data_root),
+        system=read("CKNIX_SYSTEM", _system, system_of_machine(platform.machine()) or KNOWN_SYSTEMS[0]),
+        eval_timeout=read("CKNIX_EVAL_TIMEOUT", _seconds, 300.0),
+        build_timeout=read("CKNIX_BUILD_TIMEOUT", _seconds, 3600.0),
+        fetch_timeout=read("CKNIX_FETCH_TIMEOUT", _seconds, 1800.0),
+        restrict_eval=read("CKNIX_RESTRICT_EVAL", _boolean, restrict_eval),
+    )
+
+
+def _log_level(read: _Reader) -> str:
+    return read("CKNIX_LOG_LEVEL", _choice(LOG_LEVELS), "info")
+
+
+def _text(text: str) -> str:
+    return text
+
+
+def _namespace(text: str) -> str:
+    # RFC 1123 label, as the API server checks it.
+    if not re.fullmatch("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", text):
+        raise ValueError("is not the name of a namespace")
+    return text
+
+
+def _absolute(text: str) -> Path:
+    path = Path(text)
+    if not path.is_absolute() or ".." in path.parts:
+        raise ValueError("is not an absolute path")
+    if path == Path("/"):
+        raise ValueError("must be a directory below /")
+    return path
+
+
+def _endpoint(text: str) -> Path:
+    if text.startswith("unix:"):
+        text = text.removeprefix("unix:").removeprefix("//")
+    elif "://" in text:
+        raise ValueError("is not a unix socket; write for example unix:///csi/csi.sock")
+    if not text.startswith("/") or not text.endswith(".sock"):
+        raise ValueError("must be an absolute path that ends in .sock (CSI spec, Connectivity)")
+    if len(os.fsencode(text)) > _MAX_SOCKET_PATH:
+        raise ValueError(f"is longer than the {_MAX_SOCKET_PATH} bytes that a socket's path may have")
+    return Path(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = parse_duration(text)
+        except ValueError:
+            raise ValueError("is not a time; write seconds, or for example 15m or 1h30m") from None
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise ValueError("must be longer than nothing and not longer than a year")
+    return float(seconds)
+
+
+def _rpc_budget(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds >= _KUBELET_SECONDS:
+        raise ValueError(f"must be shorter than the {_KUBELET_SECONDS} s that kubelet gives an RPC")
+    return seconds
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
+        raise ValueError("must be a whole number of at least 1")
+    return int(text)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in {"true", "1", "yes"}:
+        return True
+    if text.lower() in {"false", "0", "no"}:
+        return False
+    raise ValueError("must be true or false")
+
+
+def _system(text: str) -> str:
+    if text not in KNOWN_SYSTEMS:
+        raise ValueError(f"is not a known system; known are {', '.join(KNOWN_SYSTEMS)}")
+    return text
+
+
+def _url(text: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", text):
+        raise ValueError("is not a URL; write for example http://cknix-cache.cknix-system.svc")
+    return text.rstrip("/")
+
+
+def _listen(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
+        raise ValueError("must be host:port, for example 0.0.0.0:8080")
+    return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104
+
+
+def _choice(known: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in known:
+            raise ValueError(f"is not one of {', '.join(known)}")
+        return text.lower()
+
+    return parse

@@ -1,0 +1,72 @@
+"""What can go wrong with a volume, in the words of the person who reads ``kubectl describe pod``."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+
+from cknix_csi.api.errors import CknixError, Code, OutOfSpace
+
+_REMEDIES = {
+    errno.EPERM: "the driver needs CAP_SYS_ADMIN: its container must be privileged",
+    errno.ENOSYS: "the mount API of Linux 5.12 or newer is needed",
+    errno.ENODEV: "the kernel has no overlayfs: load the module `overlay`",
+    errno.EBUSY: "something still uses it, such as a process working inside or another mount below it",
+    errno.EROFS: "the file system has become read-only: see the kernel log",
+    errno.EIO: "the disk reports errors: see the kernel log",
+}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class TargetUnusable(CknixError):
+    """What is at a target path is not ours to mount on or to remove."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "TargetUnusable"
+
+
+class StoreDamaged(CknixError):
+    """A store object that Nix's database lists is not in the store."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "StoreDamaged"
+
+
+class VolumeFailed(CknixError):
+    """A file operation in the driver's own directories failed."""
+
+    reason = "VolumeFailed"
+
+
+class NotUndone(CknixError):
+    """A publish failed and left traces: transient, so that kubelet asks again or unpublishes."""
+
+    code = Code.UNAVAILABLE
+    reason = "VolumeFailed"
+
+
+class DataRootTaken(CknixError):
+    """Another process works on the same data root: it sees mounts that this one may not."""
+
+    code = Code.UNAVAILABLE
+    reason = "DataRootTaken"
+
+
+@contextlib.contextmanager
+def explained(doing: str, kind: type[CknixError] = VolumeFailed) -> Iterator[None]:
+    """Turn an :class:`OSError` of the block into *kind* (or OutOfSpace): what was being done, why not, what helps."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or 0
+        # Not just the number's own text: after a failed mount it carries what the kernel said.
+        message = f"cannot {doing}: {error.strerror or error}"
+        if error.filename is not None and str(error.filename) not in doing:
+            message += f" ({os.fsdecode(error.filename)})"
+        if number in _FULL:
+            raise OutOfSpace(f"{message}; free space or inodes on that file system") from error
+        if remedy := _REMEDIES.get(number):
+            message += f"; {remedy}"
+        raise kind(message) from error

@@ -1,0 +1,87 @@
+"""What a writable volume has of its own: ``volumes/<volume>/<digest of its target>/{upper,work,m}``.
+
+One directory per target, since one PersistentVolume may be mounted by several pods of a node.  ``m`` is where the
+overlay is mounted for the moment in which its ``nix`` directory is copied to the target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from cknix_csi.api.errors import Conflict
+from cknix_csi.volumes.failures import explained
+from cknix_csi.volumes.mountinfo import Mount, MountTable
+from cknix_csi.volumes.mounts import Upper
+from cknix_csi.volumes.trash import Trash
+
+_PLAIN = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
+
+
+class PrivateLayers:
+    """The directories below *directory*, which exists."""
+
+    def __init__(self, directory: str, trash: Trash) -> None:
+        self._directory = directory
+        self._trash = trash
+
+    def path(self, volume_id: str, target: Path) -> str:
+        """The directory of one volume at one target."""
+        digest = hashlib.sha256(os.fsencode(target)).hexdigest()[:16]
+        return f"{self._directory}/{safe_name(volume_id)}/{digest}"
+
+    def mountpoint(self, path: str) -> str:
+        return f"{path}/m"
+
+    def layers(self, path: str) -> Upper:
+        return Upper(f"{path}/upper", f"{path}/work")
+
+    def owner(self, mount: Mount) -> str | None:
+        """The directory whose upper layer *mount* writes to, None for a mount that has none of ours."""
+        upper = mount.super_option("upperdir")
+        if upper is None or not upper.startswith(f"{self._directory}/") or not upper.endswith("/upper"):
+            return None
+        return upper.removesuffix("/upper")
+
+    def make(self, path: str) -> Upper:
+        """Fresh layers in *path*, which must not exist: a volatile upper layer can be mounted only once."""
+        with explained(f"make the directories of the writable volume {path}"):
+            os.makedirs(path, 0o700)
+            layers = self.layers(path)
+            for directory in (layers.upper, layers.work, self.mountpoint(path)):
+                os.mkdir(directory, 0o755)
+        return layers
+
+    def discard(self, path: str, table: MountTable) -> bool:
+        """Throw *path* away; False when it was not there.  Raises Conflict when a mount still uses it."""
+        if not os.path.lexists(path):
+            return False
+        if users := table.using(path, path.removeprefix(os.path.dirname(self._directory))):
+            raise Conflict(f"the written data in {path} is still used by the mount at {users[0].target}; unmount that")
+        self._trash.take(path)
+        self.prune(os.path.dirname(path))
+        return True
+
+    def prune(self, volume: str) -> None:
+        """Remove the directory of a whole volume once no target is left in it."""
+        with contextlib.suppress(OSError):
+            os.rmdir(volume)
+
+    def volumes(self) -> list[str]:
+        """The directory of every volume."""
+        with os.scandir(self._directory) as entries:
+            return sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+
+    def targets(self, volume: str) -> list[str]:
+        """The directories of the volume whose own directory is *volume*, one per target."""
+        return sorted(f"{volume}/{name}" for name in os.listdir(volume))
+
+
+def safe_name(volume_id: str) -> str:
+    """*volume_id* as one short file name: itself where it is one, as kubelet's ids are, otherwise its digest."""
+    if _PLAIN.fullmatch(volume_id):
+        return volume_id
+    return "~" + hashlib.sha256(os.fsencode(volume_id)).hexdigest()

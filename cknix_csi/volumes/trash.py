@@ -1,0 +1,116 @@
+"""Deletion in the background: renamed out of the way at once, taken apart slowly.
+
+The only recursive deletion of the program.  It works by descriptors, never through a symbolic link and never into
+another mount (openat2 with RESOLVE_NO_XDEV), so that nothing outside of what was thrown away can be reached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import stat
+import time
+import uuid
+
+from cknix_csi.volumes import syscalls
+from cknix_csi.volumes.failures import explained
+from cknix_csi.volumes.mounts import Mounts
+
+log = logging.getLogger(__name__)
+
+_BATCH = 256
+_PAUSE = 0.005
+"""Seconds of rest after each _BATCH entries: a big deletion must not hold up what pods wait for."""
+_DEPTH = 64
+"""Deeper directories are first moved to the top: descriptors are few, and a pod may nest without limit."""
+_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
+class Trash:
+    """The directory *directory* (made when missing), on the same mount as everything that is thrown away."""
+
+    def __init__(self, directory: str, mounts: Mounts) -> None:
+        self._directory = directory
+        self._mounts = mounts
+        self._task: asyncio.Task[None] | None = None
+        self._pending = True  # what an earlier process left
+
+    def take(self, path: str) -> None:
+        """Rename *path* into the trash; the caller knows that no mount uses it.  Raises VolumeFailed."""
+        with explained(f"move {path} to {self._directory}"):
+            os.rename(path, f"{self._directory}/{uuid.uuid4().hex}")
+        self._pending = True
+
+    def empty(self) -> None:
+        """Delete what was taken, in the background.  Failures are logged and tried again with what is taken next."""
+        if self._pending and (self._task is None or self._task.done()):
+            self._task = asyncio.create_task(self._run(), name="cknix trash")
+
+    async def close(self) -> None:
+        """Wait for what :meth:`empty` began."""
+        if self._task is not None:
+            await self._task
+
+    async def _run(self) -> None:
+        while self._pending:
+            self._pending = False
+            await asyncio.to_thread(self._delete_all)
+
+    def _delete_all(self) -> None:
+        try:
+            with os.scandir(self._directory) as entries:
+                found = [entry.path for entry in entries]
+            table = self._mounts.table()
+        except Exception:
+            log.exception("cannot empty %s", self._directory)
+            return
+        for path in found:
+            if inside := table.below(path):
+                log.error("not deleted: %s is mounted inside the trash; unmount it", inside[0].target)
+                continue
+            try:
+                delete_tree(path)
+            except OSError as error:
+                log.warning("cannot delete %s: %s", path, error)
+
+
+def delete_tree(path: str) -> None:
+    """Delete *path* and all below it; raises :class:`OSError`, EXDEV where a mount stands in the way."""
+    with syscalls.owned(os.open(os.path.dirname(path), _FLAGS)) as parent:
+        _Deletion(parent).remove(os.path.basename(path))
+
+
+class _Deletion:
+    """One deletion; *top* is the descriptor of the directory it happens in, and too deep directories are moved to."""
+
+    def __init__(self, top: int) -> None:
+        self._top = top
+        self._moved: list[str] = []
+        self._removed = 0
+
+    def remove(self, name: str) -> None:
+        self._one(self._top, name, is_directory=_is_directory(self._top, name), depth=0)
+        while self._moved:
+            self._one(self._top, self._moved.pop(), is_directory=True, depth=0)
+
+    def _one(self, parent: int, name: str, *, is_directory: bool, depth: int) -> None:
+        if not is_directory:
+            os.unlink(name, dir_fd=parent)
+        elif depth > _DEPTH:
+            self._moved.append(uuid.uuid4().hex)
+            os.rename(name, self._moved[-1], src_dir_fd=parent, dst_dir_fd=self._top)
+        else:
+            with syscalls.owned(syscalls.openat2(parent, name, _FLAGS, syscalls.RESOLVE_NO_XDEV)) as directory:
+                with os.scandir(directory) as entries:
+                    children = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+                for child, child_is_directory in children:
+                    self._one(directory, child, is_directory=child_is_directory, depth=depth + 1)
+            os.rmdir(name, dir_fd=parent)
+        self._removed += 1
+        if self._removed % _BATCH == 0:
+            time.sleep(_PAUSE)
+
+
+def _is_directory(parent: int, name: str) -> bool:
+    return stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)

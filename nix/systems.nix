@@ -1,0 +1,4 @@
+[
+  "x86_64-linux"
+  "aarch64-linux"
+]

@@ -1,0 +1,255 @@
+"""A real API server for the session; for each test a namespace and, on demand, a controller process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from cknix_csi.api.expression import API_VERSION, KIND
+from cknix_csi.kube.api import MERGE_PATCH, NOT_FOUND, ApiError, Json, core, expressions, list_all
+from cknix_csi.kube.client import KubernetesApi
+from cknix_csi.nix.gcroots import GcRoots
+from cknix_csi.nix.store import Store
+from tests.api import rbac
+from tests.api.fakenix import World
+from tests.api.server import DRIVER_NAMESPACE, REPOSITORY, Server
+
+WAIT_SECONDS = 40.0
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """etcd and kube-apiserver with our CRD and rights."""
+    directory = Path(tempfile.mkdtemp(prefix="cknix-api-"))
+    server = Server(directory)
+    try:
+        server.start()
+        rbac.install(server)
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(directory)
+
+
+@asynccontextmanager
+async def connected(kubeconfig: Path) -> AsyncIterator[KubernetesApi]:
+    """The program's own client, as the user of *kubeconfig*."""
+    from kubernetes_asyncio import config
+    from kubernetes_asyncio.client import ApiClient, Configuration
+
+    configuration = Configuration()
+    await config.load_kube_config(config_file=str(kubeconfig), client_configuration=configuration)
+    async with ApiClient(configuration) as client:
+        yield KubernetesApi(client)
+
+
+@pytest_asyncio.fixture
+async def api(server: Server) -> AsyncIterator[KubernetesApi]:
+    """The API server, asked by the administrator."""
+    async with connected(server.kubeconfig("admin")) as client:
+        yield client
+
+
+@pytest_asyncio.fixture
+async def node_api(server: Server) -> AsyncIterator[KubernetesApi]:
+    """The API server, asked with the rights of the node daemon."""
+    async with connected(server.kubeconfig("node", rbac.token(server, rbac.NODE))) as client:
+        yield client
+
+
+class Expressions:
+    """What a test does with Expressions of one namespace."""
+
+    def __init__(self, server: Server, api: KubernetesApi, namespace: str) -> None:
+        self.server = server
+        self.api = api
+        self.namespace = namespace
+
+    async def create(self, name: str, spec: Json | str, **metadata: Any) -> Json:
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "metadata": {"name": name, "namespace": self.namespace, **metadata},
+            "spec": {"data": {"expr": spec}} if isinstance(spec, str) else spec,
+        }
+        return await self.api.create(expressions(self.namespace), body)
+
+    async def change(self, name: str, **fields: Any) -> Json:
+        """Merge *fields* into the spec; ``expr`` is short for ``data.expr``."""
+        if "expr" in fields:
+            fields["data"] = {"expr": fields.pop("expr")}
+        return await self.api.patch(expressions(self.namespace, name), {"spec": fields}, kind=MERGE_PATCH)
+
+    async def annotate(self, name: str, **annotations: str) -> None:
+        body = {"metadata": {"annotations": {key.replace("__", "/"): value for key, value in annotations.items()}}}
+        await self.api.patch(expressions(self.namespace, name), body, kind=MERGE_PATCH)
+
+    async def get(self, name: str) -> Json:
+        return await self.api.get(expressions(self.namespace, name))
+
+    async def status(self, name: str) -> Json:
+        return (await self.get(name)).get("status") or {}
+
+    def delete(self, name: str) -> None:
+        """Ask for the deletion; it is not waited for."""
+        self.server.kubectl("delete", "expr", name, "-n", self.namespace, "--wait=false")
+
+    async def gone(self, name: str) -> None:
+        async def is_gone() -> bool:
+            try:
+                await self.get(name)
+            except ApiError as error:
+                return error.status == NOT_FOUND
+            return False
+
+        await eventually(is_gone, lambda: self.get(name))
+
+    async def reaches(self, name: str, phase: str, generation: int | None = None) -> Json:
+        """Wait for *phase* of *generation* (the newest one by default); gives the status."""
+
+        async def reached() -> bool:
+            body = await self.get(name)
+            status = body.get("status") or {}
+            wanted = generation or body["metadata"]["generation"]
+            return bool(status.get("phase") == phase and status.get("observedGeneration") == wanted)
+
+        await eventually(reached, lambda: self.get(name))
+        return await self.status(name)
+
+    async def shows(self, name: str, holds: Callable[[Json], Any]) -> Json:
+        """Wait until *holds* is true of the status; gives the status."""
+        await eventually(lambda: _truth(self.status(name), holds), lambda: self.get(name))
+        return await self.status(name)
+
+    async def events(self, name: str) -> dict[str, Json]:
+        """Events of the Expression by reason."""
+        found = (await list_all(self.api, core("events", self.namespace))).items
+        return {event["reason"]: event for event in found if event["involvedObject"]["name"] == name}
+
+
+async def _truth(value: Awaitable[Json], holds: Callable[[Json], Any]) -> bool:
+    return bool(holds(await value))
+
+
+async def eventually(holds: Callable[[], Awaitable[bool]], seen: Callable[[], Awaitable[Any]] | None = None) -> None:
+    """Wait until *holds*; when it never does, say what was *seen* last."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not await holds():
+        if time.monotonic() > deadline:
+            last = json.dumps(await seen(), indent=1) if seen else ""
+            raise AssertionError(f"not within {WAIT_SECONDS:.0f} s; last seen: {last}")
+        await asyncio.sleep(0.05)
+
+
+class Controller:
+    """The controller process and the world its fake Nix lives in."""
+
+    def __init__(self, server: Server, directory: Path) -> None:
+        self._kubeconfig = server.kubeconfig("controller", rbac.token(server, rbac.CONTROLLER))
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+        self.world = World(directory)
+        self.world.prepare()
+
+    def start(self, **options: Any) -> None:
+        assert self._process is None
+        with (self._directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.api.operator", str(self._directory), json.dumps(options)],
+                cwd=REPOSITORY,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "KUBECONFIG": str(self._kubeconfig)},
+            )
+
+    def kill(self) -> None:
+        """As a crash or the OOM killer would."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """As kubelet would; gives the exit code."""
+        return self._end(signal.SIGTERM)
+
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def log(self) -> str:
+        return (self._directory / "log").read_text(errors="replace")
+
+    def roots(self) -> dict[str, str]:
+        """GC roots: name and path."""
+        roots = GcRoots(Store.chroot(self._directory / "root"), "expressions")
+        return {name: str(path) for name, path in roots.list().items()}
+
+    def add_root(self, name: str, path: Any) -> None:
+        GcRoots(Store.chroot(self._directory / "root"), "expressions").add(name, path)
+
+    async def noted(self, event: str, name: str, times: int = 1) -> None:
+        """Wait until the fake Nix has noted *event* for *name* so often."""
+
+        async def reached() -> bool:
+            return self.world.noted(event, name) >= times
+
+        async def seen() -> str:
+            return self.world.journal.read_text() + self.log()[-4000:]
+
+        await eventually(reached, seen)
+
+    def _end(self, number: signal.Signals) -> int:
+        assert self._process is not None
+        self._process.send_signal(number)
+        try:
+            return self._process.wait(timeout=30)
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+
+@pytest_asyncio.fixture
+async def expr(server: Server, api: KubernetesApi) -> AsyncIterator[Expressions]:
+    """Expressions in a namespace of the test's own."""
+    namespace = f"test-{os.getpid()}-{next(_numbers)}"
+    await api.create("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+    yield Expressions(server, api, namespace)
+    if not server.running:
+        server.start_api_server()
+    for item in (await list_all(api, expressions(namespace), metadata_only=True)).items:
+        name = item["metadata"]["name"]
+        with suppress(ApiError):
+            await api.patch(expressions(namespace, name), {"metadata": {"finalizers": None}}, kind=MERGE_PATCH)
+        server.kubectl("delete", "expr", name, "-n", namespace, "--ignore-not-found", "--wait=true")
+
+
+@pytest.fixture
+def controller(
+    server: Server, expr: Expressions, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Controller]:
+    """A controller that the test starts; killed afterwards.  Its log is shown when the test fails."""
+    controller = Controller(server, tmp_path)
+    yield controller
+    if controller.running():
+        controller.kill()
+    if not server.running:
+        server.start_api_server()
+    server.kubectl("delete", "-n", DRIVER_NAMESPACE, "--ignore-not-found", "secret/cknix-cache-key", "cm/cknix-cache")
+    print(controller.log()[-6000:])

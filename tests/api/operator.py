@@ -1,0 +1,64 @@
+"""The controller as a process, with the real Kubernetes side and real GC roots, and a Nix that follows a script.
+
+``python -m tests.api.operator DIRECTORY OPTIONS`` with OPTIONS as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from cknix_csi.controller.app import run_controller
+from cknix_csi.controller.ports import Dependencies, Options
+from cknix_csi.kube.client import connect
+from cknix_csi.nix.cache.signing import KeyPair, generate_key
+from cknix_csi.nix.gcroots import GcRoots
+from cknix_csi.nix.store import Store
+from tests.api.fakenix import FakeClosures, FakeNix, World
+from tests.api.server import DRIVER_NAMESPACE
+
+
+async def main(directory: Path, options: dict[str, Any]) -> None:
+    world = World(directory)
+    world.prepare()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+    async def serve_cache(key: KeyPair) -> None:
+        world.note("serving", key.public)
+        await asyncio.Event().wait()
+
+    async with connect() as api:
+        await run_controller(
+            Dependencies(
+                api=api,
+                nix=FakeNix(world),
+                closures=FakeClosures(world),
+                roots=GcRoots(Store.chroot(directory / "root"), "expressions"),
+                serve_cache=serve_cache,
+                generate_key=generate_key,
+                options=Options(
+                    namespace=DRIVER_NAMESPACE,
+                    cache_url="http://cknix-cache.cknix-system.svc",
+                    systems=tuple(options.get("systems", ["x86_64-linux"])),
+                    max_builds=options.get("max_builds", 4),
+                    retry_first=options.get("retry_first", 0.2),
+                    retry_cap=options.get("retry_cap", 1.0),
+                ),
+            ),
+            stop,
+            instance=f"test-{os.getpid()}",
+        )
+    world.note("stopped", "controller")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(threadName)s %(name)s %(levelname)s %(message)s")
+    asyncio.run(main(Path(sys.argv[1]), json.loads(sys.argv[2])))

@@ -1,0 +1,41 @@
+"""The cluster that the tests of this rung share: two nodes, our image on both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.harness import Cluster
+from tests.cluster.harness.__main__ import standard_images
+from tests.cluster.harness.components import build_components
+from tests.cluster.harness.requirements import missing
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build what is not built yet before any test's time starts to run."""
+    wanted = any("cluster_images" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and not session.config.option.collectonly and not missing():
+        build_components()
+
+
+@pytest.fixture(scope="session")
+def cluster_machine() -> None:
+    """A machine that can run a cluster.  Elsewhere these tests are skipped, by name; in CI that is a failure."""
+    if reasons := missing():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"no test cluster here: {'; '.join(reasons)}")
+
+
+@pytest.fixture(scope="session")
+def cluster_images(cluster_machine: None) -> list[Path]:
+    """Archives of the images that tests use, ours built from the tree as it is."""
+    return standard_images()
+
+
+@pytest.fixture(scope="session")
+def cluster(cluster_images: list[Path]) -> Iterator[Cluster]:
+    """A running cluster; what a test makes in it, it removes."""
+    with Cluster(nodes=2, images=cluster_images) as running:
+        yield running

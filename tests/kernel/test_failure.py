@@ -1,0 +1,425 @@
+"""Failure, cancellation, a killed process: nothing is left, and what was published goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from cknix_csi.api.errors import CknixError, MountFailed
+from cknix_csi.volumes.mountinfo import MountTable, MountTableUnreadable
+from cknix_csi.volumes.mounts import KernelMounts, Mounts
+from tests.kernel.node import Node, mount_ids, mounts_below, require_shows, run
+from tests.kernel.steps import Stepped, SteppedClosures, SteppedMounts
+from tests.kernel.store import FakeStore, fill_small
+
+both = pytest.mark.parametrize("writable", [False, True], ids=["read-only", "writable"])
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Injected(CknixError):
+    """The failure that a test made."""
+
+
+async def stepped(node: Node, before: Callable[[int, str], None]) -> Stepped:
+    """Restart *node* with every call of Mounts and Closures announced to *before*, numbered from 1."""
+    await node.volumes.reconcile()
+    steps = Stepped(before)
+    await node.restart(closures=SteppedClosures(node.store, steps), mounts=SteppedMounts(steps))
+    await node.volumes.reconcile()
+    steps.number = 0
+    return steps
+
+
+async def count(node: Node, operation: Callable[[], object]) -> list[str]:
+    """The names of the steps that *operation* takes when nothing goes wrong."""
+    names: list[str] = []
+    await stepped(node, lambda _, name: names.append(name))
+    names.clear()
+    await operation()  # type: ignore[misc]
+    return names
+
+
+@both
+async def test_a_publish_that_fails_at_any_step_leaves_nothing_and_its_retry_works(node: Node, writable: bool) -> None:
+    names = await count(node, lambda: node.publish(node.small, writable=writable))
+    await node.unpublish()
+    assert {"hold", "query", "write_state", "overlay", "clone"} <= set(names)
+    for failing in range(1, len(names) + 1):
+
+        def fail(number: int, name: str, failing: int = failing) -> None:
+            if number == failing:
+                raise Injected(f"{name} fails")
+
+        await stepped(node, fail)
+        with pytest.raises(Injected):
+            await node.publish(node.small, writable=writable)
+        assert await node.left() == [], f"failed at {failing}: {names[failing - 1]}"
+        target = await node.publish(node.small, writable=writable)
+        require_shows(target, node.store, [node.small])
+        await node.unpublish()
+        assert await node.left() == []
+
+
+@both
+async def test_a_publish_that_is_cancelled_at_any_step_leaves_nothing(node: Node, writable: bool) -> None:
+    names = await count(node, lambda: node.publish(node.small, writable=writable))
+    await node.unpublish()
+    loop = asyncio.get_running_loop()
+    for failing in range(1, len(names)):  # at the last step it may as well be done
+        task: asyncio.Task[Path] | None = None
+
+        def cancel(number: int, _: str, failing: int = failing) -> None:
+            if number == failing and task is not None:
+                reached = asyncio.run_coroutine_threadsafe(_cancel(task), loop)
+                if not _on_loop(loop):
+                    reached.result(10)
+
+        await stepped(node, cancel)
+        task = asyncio.create_task(node.publish(node.small, writable=writable))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await node.left() == [], f"cancelled at {failing}: {names[failing - 1]}"
+
+
+async def _cancel(task: asyncio.Task[Path]) -> None:
+    task.cancel()
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
+@both
+async def test_an_unpublish_that_fails_at_any_step_is_finished_by_its_retry(node: Node, writable: bool) -> None:
+    await node.publish(node.small, writable=writable)
+    names = await count(node, node.unpublish)
+    assert {"unmount", "release"} <= set(names)
+    for failing in range(1, len(names) + 1):
+
+        def fail(number: int, name: str, failing: int = failing) -> None:
+            if number == failing:
+                raise Injected(f"{name} fails")
+
+        await node.publish(node.small, writable=writable)
+        await stepped(node, fail)
+        with pytest.raises(Injected):
+            await node.unpublish()
+        await node.unpublish()
+        assert await node.left() == [], f"failed at {failing}: {names[failing - 1]}"
+
+
+async def test_a_failed_publish_does_not_disturb_the_closures_other_pods(node: Node) -> None:
+    target = await node.publish(node.small, "resident")
+    before = mount_ids(target)
+    for writable in (False, True):
+
+        def fail(_: int, name: str) -> None:
+            if name == "clone":
+                raise Injected("clone fails")
+
+        await stepped(node, fail)
+        with pytest.raises(Injected):
+            await node.publish(node.small, writable=writable)
+    assert mount_ids(target) == before
+    assert os.listdir(node.pods) == ["resident"]
+    assert node.store.roots() == {node.small.basename}
+    require_shows(target, node.store, [node.small])
+
+
+async def test_a_directory_that_was_there_before_survives_a_failed_publish(node: Node) -> None:
+    (node.pods / "a").mkdir()
+
+    def fail(_: int, name: str) -> None:
+        if name == "clone":
+            raise Injected("clone fails")
+
+    await stepped(node, fail)
+    with pytest.raises(Injected):
+        await node.publish(node.small)
+    assert await node.left() == ["target a"]
+
+
+async def test_what_cannot_be_undone_is_answered_so_that_kubelet_comes_back(node: Node) -> None:
+    def fail(_: int, name: str) -> None:
+        if name in {"clone", "release"}:
+            raise Injected(f"{name} fails")
+
+    await stepped(node, fail)
+    with pytest.raises(CknixError, match="clone fails; then undoing it failed: release fails") as error:
+        await node.publish(node.small)
+    assert error.value.code.transient
+    await node.restart()
+    await node.unpublish()
+    assert await node.left() == []
+
+
+async def test_while_the_mount_table_cannot_be_read_nothing_is_touched(node: Node) -> None:
+    await node.publish(node.small)
+    (node.data / "views/.building-old").mkdir()
+
+    class Blind(KernelMounts):
+        def table(self) -> MountTable:
+            raise MountTableUnreadable("the mount table cannot be read")
+
+    before = mounts_below(node.scratch)
+    await node.restart(mounts=Blind())
+    for operation in (node.volumes.reconcile(), node.publish(node.small, "b"), node.unpublish()):
+        with pytest.raises(MountTableUnreadable):
+            await operation
+    assert mounts_below(node.scratch) == before
+    assert sorted(os.listdir(node.data / "views")) == [".building-old", node.small.basename]
+    assert os.listdir(node.pods) == ["a"]
+
+
+async def test_the_kernels_own_words_reach_the_reader(node: Node) -> None:
+    mounts = KernelMounts()
+    for name in ("m", "upper", "work"):
+        (node.scratch / name).mkdir()
+    with pytest.raises(
+        MountFailed, match=r"cannot mount an overlay at .*/m: No such file or directory \(lowerdir\+=/no"
+    ):
+        mounts.overlay(f"{node.scratch}/m", source="x", lower=["/no/such"], upper=None)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with pytest.raises(MountFailed):
+            mounts.overlay(f"{node.scratch}/m", source="x", lower=["/no/such"], upper=None)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@both
+async def test_a_restarted_driver_sees_what_is_published_and_can_unpublish_it(node: Node, writable: bool) -> None:
+    target = await node.publish(node.small, writable=writable)
+    before = mount_ids(target)
+    await node.restart()
+    report = await node.volumes.reconcile()
+    assert report.adopted == [node.small.basename]
+    published = node.volumes.published(target)
+    assert published is not None
+    assert (published.closure_id, published.writable) == (node.small.basename, writable)
+    await node.publish(node.small, writable=writable)
+    assert mount_ids(target) == before
+    await node.unpublish()
+    assert await node.left() == []
+
+
+async def test_reconcile_removes_what_is_nobodys_and_says_so(node: Node) -> None:
+    kept = await node.publish(node.small, "kept")
+    await node.publish(node.shapes, "unmounted", writable=True)
+    run("umount", node.pods / "unmounted")
+    (node.data / "views/.building-1/meta/nix").mkdir(parents=True)
+    (node.data / "trash/old/deep").mkdir(parents=True)
+    (node.data / "volumes/empty").mkdir()
+    lonely = fill_small(node.store, "lonely-1.0")
+    await node.store.hold(lonely.basename, lonely)
+    await node.restart()
+    report = await node.volumes.reconcile()
+    assert report.problems == []
+    assert report.adopted == [node.small.basename]
+    assert report.views_removed == [node.shapes.basename]
+    assert report.roots_released == [lonely.basename]
+    assert len(report.volumes_removed) == 1
+    assert report.half_built == 1
+    assert len(report.words()) == 5
+    require_shows(kept, node.store, [node.small])
+    await node.unpublish("kept")
+    await node.unpublish("unmounted")
+    assert await node.left() == []
+
+
+async def test_reconcile_takes_a_gc_root_again_that_somebody_removed_under_a_pod(node: Node) -> None:
+    await node.publish(node.small)
+    await node.store.release(node.small.basename)
+    await node.restart()
+    report = await node.volumes.reconcile()
+    assert report.roots_taken == [node.small.basename]
+    assert node.store.roots() == {node.small.basename}
+
+
+async def test_reconcile_leaves_alone_what_it_does_not_know(node: Node) -> None:
+    await node.volumes.reconcile()
+    (node.data / "views/notes.txt").write_text("an administrator's")
+    (node.data / "views/lost+found").mkdir()
+    await node.restart()
+    await node.volumes.reconcile()
+    await node.volumes.close()
+    assert sorted(os.listdir(node.data / "views")) == ["lost+found", "notes.txt"]
+
+
+@both
+async def test_when_the_shared_overlay_was_unmounted_by_somebody_pods_go_on_and_new_ones_start(
+    node: Node, writable: bool
+) -> None:
+    target = await node.publish(node.small)
+    run("umount", node.data / "views" / node.small.basename / "m")
+    await node.restart()
+    second = await node.publish(node.small, "second", writable=writable)
+    for volume in (target, second):
+        require_shows(volume, node.store, [node.small])
+    await node.unpublish("second")
+    await node.unpublish()
+    assert await node.left() == []
+
+
+async def test_a_view_that_is_bound_elsewhere_is_kept_until_that_is_gone(node: Node) -> None:
+    await node.publish(node.small)
+    bound = node.scratch / "bound"
+    bound.mkdir()
+    run("mount", "--bind", node.data / "views" / node.small.basename / "meta", bound)
+    with pytest.raises(CknixError, match=f"still used by the mount at {bound}"):
+        await node.unpublish()
+    assert node.store.roots() == {node.small.basename}
+    run("umount", bound)
+    await node.unpublish()
+    assert await node.left() == []
+
+
+async def test_the_trash_is_emptied_without_leaving_it(node: Node) -> None:
+    volume = await node.publish(node.small, writable=True)
+    outside = node.scratch / "outside"
+    outside.mkdir()
+    (outside / "precious").touch()
+    (volume / "link").symlink_to(outside)
+    deep = volume / "deep"
+    deep.mkdir()
+    descriptor = os.open(deep, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=descriptor)
+        inner = os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    os.close(descriptor)
+    await node.unpublish()
+    assert await node.left() == []
+    assert os.listdir(outside) == ["precious"]
+
+
+async def test_a_mount_inside_the_trash_is_never_walked_into(node: Node) -> None:
+    await node.volumes.reconcile()
+    outside = node.scratch / "outside"
+    (outside / "precious").mkdir(parents=True)
+    inside = node.data / "trash/old/mounted"
+    inside.mkdir(parents=True)
+    run("mount", "--bind", outside, inside)
+    await node.restart()
+    await node.volumes.reconcile()
+    await node.volumes.close()
+    assert os.listdir(outside) == ["precious"]
+    assert inside.is_mount() or mount_ids(inside) != []
+    run("umount", inside)
+    await node.volumes.reconcile()
+    assert await node.left() == []
+
+
+def kill_at(node: Node, operations: Sequence[dict[str, object]], step: int, when: str) -> int:
+    """Run *operations* in a process of their own that kills itself *when* ("before", "after") it does *step*."""
+    command = [sys.executable, "-m", "tests.kernel.victim", str(node.scratch), json.dumps(operations), str(step), when]
+    return subprocess.run(command, cwd=REPOSITORY, timeout=60, check=False).returncode
+
+
+@both
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_process_killed_at_any_step_of_publish_is_recovered_from(node: Node, writable: bool, when: str) -> None:
+    resident = await node.publish(node.shapes, "resident")
+    before = mount_ids(resident)
+    await node.volumes.close()
+    step = 0
+    while True:
+        step += 1
+        done = kill_at(node, [{"do": "publish", "root": str(node.small), "writable": writable}], step, when)
+        if done == 0:
+            break
+        assert done == -signal.SIGKILL
+        await node.restart()
+        target = await node.publish(node.small, writable=writable)
+        require_shows(target, node.store, [node.small])
+        await node.unpublish()
+        await node.volumes.close()
+        assert mount_ids(resident) == before
+        assert os.listdir(node.pods) == ["resident"]
+        assert node.store.roots() == {node.shapes.basename}
+        assert [os.listdir(node.data / name) for name in ("views", "volumes", "trash")] == [
+            [node.shapes.basename],
+            [],
+            [],
+        ]
+    assert step > 8
+    await node.unpublish()
+    await node.unpublish("resident")
+    assert await node.left() == []
+
+
+@both
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_process_killed_at_any_step_of_unpublish_is_finished_by_the_next(
+    node: Node, writable: bool, when: str
+) -> None:
+    step = 0
+    while True:
+        step += 1
+        await node.publish(node.small, writable=writable)
+        await node.volumes.close()
+        done = kill_at(node, [{"do": "unpublish"}], step, when)
+        if done == 0:
+            break
+        assert done == -signal.SIGKILL
+        await node.restart()
+        await node.volumes.reconcile()
+        await node.unpublish()
+        assert await node.left() == []
+    assert step > 5
+    assert await node.left() == []
+
+
+async def test_a_process_killed_at_a_random_moment_among_many_volumes_is_recovered_from(node: Node) -> None:
+    operations = [
+        {"do": "publish", "root": str(root), "name": f"p{number}", "writable": number % 2 == 0}
+        for number, root in enumerate([node.shapes, node.small] * 4)
+    ]
+    operations += [{"do": "unpublish", "name": f"p{number}"} for number in range(4)]
+    chance = random.Random(7)
+    for _ in range(8):
+        command = [
+            sys.executable,
+            "-m",
+            "tests.kernel.victim",
+            str(node.scratch),
+            json.dumps(operations),
+            "0",
+            "before",
+        ]
+        victim = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE)
+        assert victim.stdout is not None
+        assert victim.stdout.readline() == b"begin\n"
+        await asyncio.sleep(chance.uniform(0, 0.04))
+        victim.kill()
+        victim.wait()
+        victim.stdout.close()
+        await node.restart()
+        report = await node.volumes.reconcile()
+        assert report.problems == []
+        for number, root in enumerate([node.shapes, node.small] * 4):
+            await node.publish(root, f"p{number}", writable=number % 2 == 0)
+            closure = await node.store.query(root)
+            require_shows(node.pods / f"p{number}", node.store, [info.path for info in closure.paths])
+            await node.unpublish(f"p{number}")
+        assert await node.left() == []
+
+
+def test_the_stepped_parts_are_what_they_stand_for(scratch: Path) -> None:
+    steps = Stepped(lambda _number, _name: None)
+    mounts: Mounts = SteppedMounts(steps)
+    SteppedClosures(FakeStore(scratch), steps)
+    assert mounts.table().at("/")
+    assert steps.number == 1

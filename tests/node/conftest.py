@@ -1,0 +1,124 @@
+"""A node daemon in this process, on its own sockets, and clients for it."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from grpclib.client import Channel
+
+from cknix_csi.csi.closures import ClosureService
+from cknix_csi.csi.daemon import NodeDependencies, run_node
+from cknix_csi.proto.csi_grpc import IdentityStub, NodeStub
+from cknix_csi.proto.csi_pb2 import NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability
+from tests.node.fakes import HELLO, SYSTEM, FakeExpressions, FakeFetcher, FakeVolumes
+
+LIMIT = 10.0
+"""Seconds after which a state that was waited for counts as not reached."""
+
+
+class NodeUnderTest:
+    """Neighbours that a test controls, and the daemon between them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.endpoint = directory / "csi.sock"
+        self.registration = directory / "reg.sock"
+        self.volumes = FakeVolumes()
+        self.fetcher = FakeFetcher(HELLO)
+        self.expressions = FakeExpressions()
+        self.stop = asyncio.Event()
+        self.budget = 30.0
+        self.grace = LIMIT
+        self.target = directory / "pods/1/mount"
+        self.daemon: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[asyncio.Task[None]]:
+        """The daemon serves; at the end it is stopped as by SIGTERM, and must end without error."""
+        async with self.started() as daemon:
+            await exists(self.registration)
+            yield daemon
+        await daemon
+
+    @asynccontextmanager
+    async def started(self) -> AsyncIterator[asyncio.Task[None]]:
+        """The daemon's task, which may fail."""
+        dependencies = NodeDependencies(
+            node_id="node-1",
+            system=SYSTEM,
+            endpoint=self.endpoint,
+            registration=self.registration,
+            volumes=self.volumes,
+            closures=ClosureService(self.fetcher),
+            expressions=self.expressions,
+            budget=self.budget,
+            grace=self.grace,
+        )
+        daemon = asyncio.create_task(run_node(dependencies, self.stop))
+        try:
+            yield daemon
+        finally:
+            self.stop.set()
+            await asyncio.wait({daemon}, timeout=2 * LIMIT)
+            assert daemon.done()
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[NodeStub]:
+        async with Channel(path=str(self.endpoint)) as channel:
+            yield NodeStub(channel)
+
+    @asynccontextmanager
+    async def identity(self) -> AsyncIterator[IdentityStub]:
+        async with Channel(path=str(self.endpoint)) as channel:
+            yield IdentityStub(channel)
+
+    def publish_request(self, **attributes: str) -> NodePublishVolumeRequest:
+        """A read-only volume v1 at :attr:`target`, of HELLO unless *attributes* say otherwise."""
+        return NodePublishVolumeRequest(
+            volume_id="v1",
+            target_path=str(self.target),
+            readonly=True,
+            volume_capability=VolumeCapability(
+                mount=VolumeCapability.MountVolume(),
+                access_mode=VolumeCapability.AccessMode(
+                    mode=VolumeCapability.AccessMode.SINGLE_NODE_MULTI_WRITER,
+                ),
+            ),
+            volume_context=attributes or {"storePath": str(HELLO)},
+        )
+
+    def unpublish_request(self) -> NodeUnpublishVolumeRequest:
+        return NodeUnpublishVolumeRequest(volume_id="v1", target_path=str(self.target))
+
+
+async def exists(path: Path) -> None:
+    """Wait until there is something at *path*."""
+    async with asyncio.timeout(LIMIT):
+        while not path.exists():
+            await asyncio.sleep(0.002)
+
+
+async def gone(path: Path) -> None:
+    """Wait until there is nothing at *path*."""
+    async with asyncio.timeout(LIMIT):
+        while path.exists():
+            await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A directory whose path is short enough for sockets in it."""
+    directory = Path(tempfile.mkdtemp(prefix="cknix-"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+async def node(scratch: Path) -> NodeUnderTest:
+    return NodeUnderTest(scratch)
