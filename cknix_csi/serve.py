@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from cknix_csi import __version__
+from cknix_csi.api.errors import CknixError
 from cknix_csi.nix.closures import StoreClosures
 from cknix_csi.nix.demo import search_path
 from cknix_csi.nix.gcroots import GcRoots
@@ -104,26 +105,33 @@ async def _node(settings: NodeSettings, stop: asyncio.Event) -> None:
     nix = nix_of(settings.nix)
     volumes = Volumes(data_root, StoreClosures(nix.store))
     try:
-        async with connect() as api, asyncio.TaskGroup() as tasks:
+        async with connect() as api:
             config = CacheConfig(api, settings.namespace, data_root / "state/cache.json")
             watch = ExpressionWatch(api)
-            watching = tasks.create_task(watch.run(), name="expressions")
-            await run_node(
-                NodeDependencies(
-                    node_id=settings.node_name,
-                    system=settings.nix.system,
-                    endpoint=settings.endpoint,
-                    registration=settings.kubelet_root / "plugins_registry" / f"{DRIVER_NAME}-reg.sock",
-                    volumes=volumes,
-                    closures=ClosureService(StoreFetcher(nix, config.endpoints)),
-                    expressions=watch,
-                    budget=settings.rpc_budget,
-                ),
-                stop,
+            dependencies = NodeDependencies(
+                node_id=settings.node_name,
+                system=settings.nix.system,
+                endpoint=settings.endpoint,
+                registration=settings.kubelet_root / "plugins_registry" / f"{DRIVER_NAME}-reg.sock",
+                volumes=volumes,
+                closures=ClosureService(StoreFetcher(nix, config.endpoints)),
+                expressions=watch,
+                budget=settings.rpc_budget,
             )
-            watching.cancel()
+            await _beside(watch.run(), run_node(dependencies, stop))
     finally:
         await volumes.close()
+
+
+async def _beside(helper: Coroutine[Any, Any, None], work: Coroutine[Any, Any, None]) -> None:
+    """Run *work* to its end, and *helper* as long; what either raises is raised, alone and not in a group."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            helping = tasks.create_task(helper)
+            await tasks.create_task(work)
+            helping.cancel()
+    except* CknixError as group:
+        raise group.exceptions[0] from None
 
 
 async def _until_stopped(role: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:

@@ -164,7 +164,7 @@ def _absolute(text: str) -> Path:
     path = Path(text)
     if not path.is_absolute() or ".." in path.parts:
         raise ValueError("is not an absolute path")
-    if path == Path("/"):
+    if len(path.parts) < 2:
         raise ValueError("must be a directory below /")
     return path
 

@@ -60,7 +60,7 @@ async def _work(dependencies: Dependencies, instance: str) -> None:
     async def watch() -> None:
         # In this order: what is found gone here must not be what an Expression of a moment ago is about to root.
         await release_orphans(api, dependencies.roots)
-        await Operator(supervisor).run()
+        await Operator(api, supervisor).run()
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(dependencies.serve_cache(key), name="cache")

@@ -22,6 +22,7 @@ import kopf
 
 from cknix_csi.api.expression import FINALIZER, GROUP, PLURAL, VERSION
 from cknix_csi.controller.supervisor import Supervisor
+from cknix_csi.kube.api import Api
 from cknix_csi.kube.backoff import Backoff
 from cknix_csi.kube.client import load_configuration
 from cknix_csi.kube.events import Subject
@@ -36,16 +37,22 @@ _log = logging.getLogger(__name__)
 class Operator:
     """Feeds *supervisor*, which lives in the loop that calls :meth:`run`."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, api: Api, supervisor: Supervisor) -> None:
+        self._api = api
         self._supervisor = supervisor
 
     async def run(self) -> None:
         """Run kopf, again and again, until cancelled."""
+        # kopf tells of every event that was passed on; what matters of it is told by the supervisor.
+        logging.getLogger("kopf.objects").setLevel(logging.WARNING)
+        # It warns that it does not listen to signals in a thread, which is as it should be.
+        logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
         backoff = Backoff(first=1.0, cap=30.0)
         loop = asyncio.get_running_loop()
         while True:
             started = loop.time()
             try:
+                await self._until_served()
                 await self._run_once(loop)
                 _log.warning("kopf has stopped")
             except Exception as error:  # whatever kopf stumbled over, Expressions must be watched again
@@ -53,6 +60,16 @@ class Operator:
             if loop.time() - started > _STEADY_SECONDS:
                 backoff.reset()
             await asyncio.sleep(backoff.next())
+
+    async def _until_served(self) -> None:
+        """Wait until discovery knows Expressions, where kopf looks once; with RBAC for all CRDs it would watch them."""
+        while True:
+            groups = (await self._api.get("/apis")).get("groups") or []
+            if any(group.get("name") == GROUP for group in groups):
+                resources = (await self._api.get(f"/apis/{GROUP}/{VERSION}")).get("resources") or []
+                if any(resource.get("name") == PLURAL for resource in resources):
+                    return
+            await asyncio.sleep(1.0)
 
     async def _run_once(self, loop: asyncio.AbstractEventLoop) -> None:
         thread = _KopfThread(self._registry(loop))
@@ -136,13 +153,15 @@ def operator_settings() -> kopf.OperatorSettings:
     settings.persistence.finalizer = FINALIZER
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP, v1=False)
     settings.persistence.diffbase_storage = NoDiffBase()
+    # Else it would want to read every CRD of the cluster; see _until_served.
+    settings.scanning.disabled = True
     # Our Events have stable reasons and are counted; kopf's would be noise beside them.
     settings.posting.enabled = False
     settings.networking.request_timeout = 30.0
     settings.networking.connect_timeout = 10.0
     settings.watching.connect_timeout = 10.0
-    settings.watching.server_timeout = 300.0
-    settings.watching.client_timeout = 330.0
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
     settings.watching.chunk_size = 250
     # This process decides itself how long its end may take.
     settings.process.ultimate_exiting_timeout = None

@@ -11,7 +11,7 @@ from cknix_csi.api.closure import Closure
 from cknix_csi.api.expression import Data
 from cknix_csi.api.progress import Progress
 from cknix_csi.api.storepath import StorePath
-from cknix_csi.kube.client import KubernetesApi
+from cknix_csi.kube.api import Api
 from cknix_csi.nix.cache.signing import KeyPair
 from cknix_csi.nix.nix import Evaluation
 
@@ -67,7 +67,7 @@ class Options:
 class Dependencies:
     """Everything :func:`cknix_csi.controller.app.run_controller` is given."""
 
-    api: KubernetesApi
+    api: Api
     nix: Nix
     closures: Closures
     roots: Roots

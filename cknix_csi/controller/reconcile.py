@@ -92,15 +92,29 @@ class Wanted:
         return (self.generation, self.rebuild)
 
 
-class Reconciliation:
-    """Brings one :class:`Wanted` to an end, again after each ``refresh``.  :attr:`status` is always the newest."""
+@dataclass(slots=True)
+class Memory:
+    """The newest status of one Expression, handed from each reconciliation of it to the next.
 
-    def __init__(self, services: Services, wanted: Wanted, status: ExpressionStatus) -> None:
+    It may be ahead of the object: a status that nobody could write any more still tells what has been built.
+    """
+
+    status: ExpressionStatus
+
+
+class Reconciliation:
+    """Brings one :class:`Wanted` to an end, again after each ``refresh``; *memory* is its own while it runs."""
+
+    def __init__(self, services: Services, wanted: Wanted, memory: Memory) -> None:
         self.wanted = wanted
-        self.status = status
+        self._memory = memory
         self._services = services
         self._writer = StatusWriter(services.api, wanted.subject, wanted.generation)
         self._step = EVALUATED
+
+    @property
+    def status(self) -> ExpressionStatus:
+        return self._memory.status
 
     async def run(self) -> None:
         """Returns when there is nothing left to do, or when another object or generation has taken its place."""
@@ -267,7 +281,7 @@ class Reconciliation:
         if message is not None:
             status = replace(status, message=message)
         now = self._services.now()
-        self.status = status.settled(now)
+        self._memory.status = status.settled(now)
         self._writer.put(self.status.render(now), urgent=urgent)
 
     async def _sync_roots(self) -> None:

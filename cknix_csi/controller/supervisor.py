@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from cknix_csi.controller.reconcile import Reconciliation, Services, Wanted
+from cknix_csi.controller.reconcile import Memory, Reconciliation, Services, Wanted
 from cknix_csi.controller.roots import keep_only
 from cknix_csi.controller.status import ExpressionStatus
 from cknix_csi.kube.events import Subject
@@ -16,10 +16,18 @@ from cknix_csi.kube.events import Subject
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Current:
-    reconciliation: Reconciliation
-    task: asyncio.Task[None]
+@dataclass(slots=True)
+class _Known:
+    """One Expression, from when it is first seen until it is released."""
+
+    wanted: Wanted
+    memory: Memory
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    """The newest one, and cancelled ones that are still ending."""
+
+    def cancel(self) -> None:
+        for task in self.tasks:
+            task.cancel()
 
 
 class Supervisor:
@@ -27,7 +35,7 @@ class Supervisor:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._current: dict[str, _Current] = {}
+        self._known: dict[str, _Known] = {}
         self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
@@ -44,38 +52,38 @@ class Supervisor:
             return
         wanted = Wanted.parse(body)
         uid = wanted.subject.uid
-        current = self._current.get(uid)
+        known = self._known.get(uid)
         if (body.get("metadata") or {}).get("deletionTimestamp"):
-            if current is not None:
-                current.task.cancel()
+            if known is not None:
+                known.cancel()
             return
-        if current is not None:
-            running = current.reconciliation.wanted
-            if running.trigger == wanted.trigger or wanted.generation < running.generation:
-                return
-            current.task.cancel()
-        # While we work on an object, our own memory of its status is newer than what the watch shows.
-        status = ExpressionStatus.parse(body) if current is None else current.reconciliation.status
-        reconciliation = Reconciliation(self._services, wanted, status)
-        task = self._tasks.create_task(self._work(reconciliation, current), name=f"expression {uid}")
-        self._current[uid] = _Current(reconciliation, task)
+        if known is None:
+            # Later on our own memory of the status is newer than what the watch shows.
+            known = self._known[uid] = _Known(wanted, Memory(ExpressionStatus.parse(body)))
+        elif known.wanted.trigger == wanted.trigger or wanted.generation < known.wanted.generation:
+            return
+        known.wanted = wanted
+        known.cancel()
+        before = frozenset(known.tasks)
+        task = self._tasks.create_task(self._work(wanted, known.memory, before), name=f"expression {uid}")
+        known.tasks.add(task)
+        task.add_done_callback(known.tasks.discard)
 
     async def release(self, subject: Subject) -> None:
         """The Expression is being deleted: its work ends, its roots go.  Raises OSError when they cannot."""
-        current = self._current.pop(subject.uid, None)
-        if current is not None:
-            current.task.cancel()
-            await asyncio.wait({current.task})
+        known = self._known.pop(subject.uid, None)
+        if known is not None and known.tasks:
+            known.cancel()
+            await asyncio.wait(set(known.tasks))
         await keep_only(self._services.roots, subject.uid, ())
-        _log.info("released %s/%s", subject.namespace, subject.name)
+        _log.info("released %s", subject)
 
-    async def _work(self, reconciliation: Reconciliation, before: _Current | None) -> None:
-        if before is not None:
+    async def _work(self, wanted: Wanted, memory: Memory, before: frozenset[asyncio.Task[None]]) -> None:
+        if before:
             # Nix processes of the obsolete work end first; what it has published meanwhile counts.
-            await asyncio.wait({before.task})
-            reconciliation.status = before.reconciliation.status
+            await asyncio.wait(before)
         try:
-            await reconciliation.run()
+            await Reconciliation(self._services, wanted, memory).run()
         except Exception:
             # Nothing that is known comes here; one Expression's bug must not stop the others.
-            _log.exception("the work on %s has stopped", reconciliation.wanted.subject)
+            _log.exception("the work on %s has stopped", wanted.subject)

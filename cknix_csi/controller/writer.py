@@ -56,7 +56,7 @@ class StatusWriter:
             try:
                 await self._write(status)
             except ApiError as error:
-                _log.warning("status of %s/%s: %s", self._subject.namespace, self._subject.name, error.message)
+                _log.warning("status of %s: %s", self._subject, error.message)
                 self._any.set()
                 await asyncio.sleep(backoff.next())
                 continue

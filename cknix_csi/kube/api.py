@@ -87,8 +87,14 @@ async def list_all(api: Api, path: str, *, metadata_only: bool = False, page: in
     while True:
         answer = await api.get(path, query=query, metadata_only=metadata_only)
         metadata = answer.get("metadata")
-        found = answer.get("items")
-        if not isinstance(metadata, dict) or not isinstance(found, list) or not metadata.get("resourceVersion"):
+        # Go writes an empty list as null.
+        found = answer.get("items", "missing") or []
+        if (
+            not str(answer.get("kind")).endswith("List")
+            or not isinstance(metadata, dict)
+            or not isinstance(found, list)
+            or not metadata.get("resourceVersion")
+        ):
             raise ApiError(f"the API server's answer to GET {path} is not a list", status=None)
         items += found
         more = metadata.get("continue")

@@ -39,6 +39,9 @@ class Subject:
     api_version: str = API_VERSION
     kind: str = KIND
 
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -96,8 +99,10 @@ class EventRecorder:
                 if error.status != CONFLICT:
                     raise
             try:
-                count = (await self._api.get(path)).get("count")
-                again = {"count": (count if isinstance(count, int) else 1) + 1, "lastTimestamp": now}
+                # A patch answers with the whole object, so that the right to read Events is not needed.
+                known = await self._api.patch(path, {"lastTimestamp": now}, kind=MERGE_PATCH)
+                count = known.get("count")
+                again = {"count": (count if isinstance(count, int) else 1) + 1}
                 await self._api.patch(path, again, kind=MERGE_PATCH)
                 return
             except ApiError as error:

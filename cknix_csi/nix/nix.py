@@ -29,12 +29,13 @@ from cknix_csi.api.errors import (
     OutOfSpace,
     PathUntrusted,
 )
-from cknix_csi.api.expression import Data
+from cknix_csi.api.expression import FLAKE_REF_PATTERN, Data
 from cknix_csi.api.progress import Progress, humanise
 from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
 from cknix_csi.nix import database, process
 from cknix_csi.nix.confine import confined
 from cknix_csi.nix.log import Log
+from cknix_csi.nix.readable import readable
 from cknix_csi.nix.store import Store
 from cknix_csi.nix.substituters import CacheEndpoint
 
@@ -179,7 +180,7 @@ class Nix:
         except process.OutputTooLarge as error:
             raise EvaluationFailed(f"the evaluation wrote {error}") from None
         if completed.code != 0:
-            message = self._readable(log.failure, renames) or f"nix eval ended with code {completed.code}"
+            message = readable(self._readable(log.failure), renames) or f"nix eval ended with code {completed.code}"
             _raise_if_full(message)
             raise EvaluationFailed(message)
         description = json.loads(completed.stdout)
@@ -197,11 +198,8 @@ class Nix:
         except FileNotFoundError as error:
             raise CknixError(f"{error.filename} was not found; is Nix on PATH?", reason="NixNotFound") from None
 
-    def _readable(self, message: str, renames: Mapping[str, str] = {}) -> str:
-        """*message* in the reader's terms: paths as they know them, without the program's own part of a trace."""
-        for old, new in {**renames, str(self.store.physical): STORE_DIR}.items():
-            message = message.replace(old, new)
-        return _without_internals(message)
+    def _readable(self, message: str) -> str:
+        return readable(message, {str(self.store.physical): STORE_DIR})
 
     def _environment(self) -> dict[str, str]:
         inherited = ("PATH", "NIX_PATH", "NIX_CONF_DIR", "NIX_SSL_CERT_FILE", "SSL_CERT_FILE", "LANG", "TMPDIR")
@@ -241,8 +239,8 @@ def _has_build_users() -> bool:
 
 def _require_flake_ref(text: str) -> None:
     """What Nix would take for something else than a flake, or read only half of.  Raises :class:`EvaluationFailed`."""
-    if text.startswith("-") or re.search(r"[\s\0]", text):
-        raise EvaluationFailed(f"{text!r} is not a flake reference: it may not hold spaces or begin with '-'")
+    if not re.fullmatch(FLAKE_REF_PATTERN, text):
+        raise EvaluationFailed(f"flakeRef {text!r} is not a flake reference: it may not hold spaces or begin with '-'")
     if "^" in text:
         reference, _, outputs = text.partition("^")
         raise EvaluationFailed(
@@ -254,18 +252,6 @@ def _require_flake_ref(text: str) -> None:
 def _write_expression(file: Path, text: str) -> None:
     file.parent.mkdir()
     file.write_text(text)
-
-
-_HINT = re.compile(r"[ (]*(?:stack trace truncated; )?use '--show-trace'[^\n]*\)\n?")
-_FIRST_FRAME = re.compile(r"(?<=error:)\n(?=\s*…)")
-_OWN_FRAME = re.compile(r"\s*… (?:while evaluating the file 'expr':$|.*at «string»:\d+:\d+:)", re.DOTALL)
-_EMPTY_TRACE = re.compile(r"error:\s*(?=error:)")
-
-
-def _without_internals(message: str) -> str:
-    """*message* without the frames of describe.nix, and without hints at options that its reader cannot give."""
-    frames = _FIRST_FRAME.sub("\n\n", _HINT.sub("", message)).split("\n\n")
-    return _EMPTY_TRACE.sub("", "\n\n".join(frame for frame in frames if not _OWN_FRAME.match(frame))).strip()
 
 
 def _shortened(text: str, limit: int = 500) -> str:

@@ -81,13 +81,13 @@ class MountTable:
         needle = b" " + escape(prefix.rstrip("/"))
         return [mount for mount in self._lines_with(needle) if f"{mount.target}/".startswith(prefix)]
 
-    def sourced(self, source: str) -> list[Mount]:
-        """The mounts whose source is exactly *source*, in the kernel's order."""
-        return [mount for mount in self._lines_with(b" " + escape(source) + b" ") if mount.source == source]
+    def sourced(self, source: str) -> Iterator[Mount]:
+        """The mounts whose source is exactly *source*, in the kernel's order; each is parsed when it is asked for."""
+        return (mount for mount in self._lines_with(b" " + escape(source) + b" ") if mount.source == source)
 
-    def sourced_like(self, prefix: str) -> list[Mount]:
-        """The mounts whose source begins with *prefix*, in the kernel's order."""
-        return [mount for mount in self._lines_with(b" " + escape(prefix)) if mount.source.startswith(prefix)]
+    def sourced_like(self, prefix: str) -> Iterator[Mount]:
+        """The mounts whose source begins with *prefix*, like :meth:`sourced`."""
+        return (mount for mount in self._lines_with(b" " + escape(prefix)) if mount.source.startswith(prefix))
 
     def using(self, directory: str, tail: str) -> list[Mount]:
         """The mounts on, below or of *directory*, or with a layer in it.

@@ -38,6 +38,9 @@ class Mounts(Protocol):
     def table(self) -> MountTable:
         """What is mounted now.  Raises MountTableUnreadable: callers must then assume *mounted* and touch nothing."""
 
+    def mounted(self, path: str) -> bool:
+        """True when something is mounted exactly at *path*; in doubt True.  Costs 2 µs, whatever else is mounted."""
+
     def overlay(self, target: str, *, source: str, lower: Sequence[str], upper: Upper | None) -> None:
         """Mount an overlay of the directories *lower* (topmost first) at *target*, following redirects and metacopies.
 
@@ -53,7 +56,7 @@ class Mounts(Protocol):
         """
 
     def unmount(self, target: str) -> None:
-        """Unmount everything stacked on *target*; nothing to do is fine.  Raises MountFailed, MountTableUnreadable."""
+        """Unmount everything stacked on *target*; nothing to do is fine.  Raises MountFailed."""
 
 
 class KernelMounts:
@@ -61,6 +64,14 @@ class KernelMounts:
 
     def table(self) -> MountTable:
         return read_mount_table()
+
+    def mounted(self, path: str) -> bool:
+        try:
+            return bool(syscalls.statx_attributes(path) & syscalls.STATX_ATTR_MOUNT_ROOT)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # such as ENOTCONN: what is mounted there has lost its server
+            return True
 
     def overlay(self, target: str, *, source: str, lower: Sequence[str], upper: Upper | None) -> None:
         with explained(f"mount an overlay at {target}", MountFailed):
@@ -86,7 +97,7 @@ class KernelMounts:
 
     def unmount(self, target: str) -> None:
         with explained(f"unmount {target}", MountFailed):
-            while self.table().at(target):
+            while self.mounted(target):
                 syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from cknix_csi.api.errors import Conflict
 from cknix_csi.volumes.failures import explained
 from cknix_csi.volumes.mountinfo import Mount, MountTable
-from cknix_csi.volumes.mounts import Upper
+from cknix_csi.volumes.mounts import Mounts, Upper
 from cknix_csi.volumes.trash import Trash
 
 _PLAIN = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
@@ -24,9 +24,10 @@ _PLAIN = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
 class PrivateLayers:
     """The directories below *directory*, which exists."""
 
-    def __init__(self, directory: str, trash: Trash) -> None:
+    def __init__(self, directory: str, trash: Trash, mounts: Mounts) -> None:
         self._directory = directory
         self._trash = trash
+        self._mounts = mounts
 
     def path(self, volume_id: str, target: Path) -> str:
         """The directory of one volume at one target."""
@@ -55,10 +56,14 @@ class PrivateLayers:
                 os.mkdir(directory, 0o755)
         return layers
 
-    def discard(self, path: str, table: MountTable) -> bool:
-        """Throw *path* away; False when it was not there.  Raises Conflict when a mount still uses it."""
+    def discard(self, path: str, table: MountTable | None = None) -> bool:
+        """Throw *path* away; False when it was not there.  Raises Conflict when a mount still uses it.
+
+        *table*: the mount table, when it was read after the last unmount of what is in *path*.
+        """
         if not os.path.lexists(path):
             return False
+        table = self._mounts.table() if table is None else table
         if users := table.using(path, path.removeprefix(os.path.dirname(self._directory))):
             raise Conflict(f"the written data in {path} is still used by the mount at {users[0].target}; unmount that")
         self._trash.take(path)

@@ -1,4 +1,4 @@
-"""The kernel calls that Python has no name for: the mount API of Linux 5.12 and openat2, as thin as they can be.
+"""The kernel calls that Python has no name for: the mount API of Linux 5.12, statx and openat2, as thin as can be.
 
 Every function raises :class:`OSError` with the kernel's errno and the path it is about; every descriptor returned is
 close-on-exec and belongs to the caller.  ctypes releases the GIL for the length of a call; calls that can wait for a
@@ -18,6 +18,8 @@ from collections.abc import Iterator
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
+_AT_SYMLINK_NOFOLLOW = 0x100
+_AT_NO_AUTOMOUNT = 0x800
 
 OPEN_TREE_CLONE = 1
 """Make a detached copy of the mount instead of a handle on it."""
@@ -32,6 +34,8 @@ MOUNT_ATTR_NODEV = 0x04
 MS_PRIVATE = 1 << 18
 """As ``propagation`` of mount_setattr: leave the peer group; nothing mounted in one copy shows up in another."""
 UMOUNT_NOFOLLOW = 8
+STATX_ATTR_MOUNT_ROOT = 0x2000
+"""statx: the path is the root of a mount, also of a bind of the same file system (Linux 5.8)."""
 RESOLVE_NO_XDEV = 0x01
 """openat2: refuse (EXDEV) to walk into another mount, also a bind of the same file system."""
 
@@ -53,6 +57,7 @@ FSCONFIG_STRING_LIMIT = 255
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
 _Word = ctypes.c_long
 
 
@@ -62,6 +67,15 @@ class _MountAttr(ctypes.Structure):
         ("attr_clr", ctypes.c_uint64),
         ("propagation", ctypes.c_uint64),
         ("userns_fd", ctypes.c_uint64),
+    )
+
+
+class _Statx(ctypes.Structure):
+    _fields_ = (
+        ("mask", ctypes.c_uint32),
+        ("blksize", ctypes.c_uint32),
+        ("attributes", ctypes.c_uint64),
+        ("rest", ctypes.c_uint8 * 240),
     )
 
 
@@ -117,6 +131,16 @@ def umount2(target: str, flags: int) -> None:
     while _libc.umount2(os.fsencode(target), flags) != 0:
         if (number := ctypes.get_errno()) != errno.EINTR:
             raise OSError(number, os.strerror(number), target)
+
+
+def statx_attributes(path: str) -> int:
+    """The STATX_ATTR_* bits of *path*; a symbolic link is not followed, an automount not triggered."""
+    found = _Statx()
+    flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT
+    if _libc.statx(AT_FDCWD, os.fsencode(path), flags, 0, ctypes.byref(found)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    return int(found.attributes)
 
 
 def openat2(directory: int, name: str, flags: int, resolve: int) -> int:

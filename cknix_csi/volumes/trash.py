@@ -15,7 +15,6 @@ import uuid
 
 from cknix_csi.volumes import syscalls
 from cknix_csi.volumes.failures import explained
-from cknix_csi.volumes.mounts import Mounts
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +29,10 @@ _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 class Trash:
     """The directory *directory* (made when missing), on the same mount as everything that is thrown away."""
 
-    def __init__(self, directory: str, mounts: Mounts) -> None:
+    def __init__(self, directory: str) -> None:
         self._directory = directory
-        self._mounts = mounts
         self._task: asyncio.Task[None] | None = None
-        self._pending = True  # what an earlier process left
+        self._pending = False
 
     def take(self, path: str) -> None:
         """Rename *path* into the trash; the caller knows that no mount uses it.  Raises VolumeFailed."""
@@ -43,9 +41,14 @@ class Trash:
         self._pending = True
 
     def empty(self) -> None:
-        """Delete what was taken, in the background.  Failures are logged and tried again with what is taken next."""
+        """Delete what was taken, in the background.  Failures are logged; :meth:`retry` or what comes next retries."""
         if self._pending and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._run(), name="cknix trash")
+
+    def retry(self) -> None:
+        """:meth:`empty`, also of what could not be deleted before."""
+        self._pending = True
+        self.empty()
 
     async def close(self) -> None:
         """Wait for what :meth:`empty` began."""
@@ -61,14 +64,10 @@ class Trash:
         try:
             with os.scandir(self._directory) as entries:
                 found = [entry.path for entry in entries]
-            table = self._mounts.table()
-        except Exception:
-            log.exception("cannot empty %s", self._directory)
+        except OSError as error:
+            log.warning("cannot empty %s: %s", self._directory, error)
             return
         for path in found:
-            if inside := table.below(path):
-                log.error("not deleted: %s is mounted inside the trash; unmount it", inside[0].target)
-                continue
             try:
                 delete_tree(path)
             except OSError as error:

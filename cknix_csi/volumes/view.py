@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cknix_csi.api.closure import Closure
-from cknix_csi.api.storepath import InvalidStorePath, StorePath
+from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
 from cknix_csi.volumes import syscalls
 from cknix_csi.volumes.failures import StoreDamaged, explained
 from cknix_csi.volumes.mountinfo import Mount
@@ -55,6 +55,13 @@ class Views:
         """False when *mount*, an overlay, shows a view of another data root."""
         layer = mount.super_option("lowerdir+")
         return layer is None or layer.startswith((f"{self._directory}/", BY_DESCRIPTOR))
+
+    def is_shown(self, closure_id: str) -> bool:
+        """True when what is mounted at the mount point is this view."""
+        try:
+            return os.readlink(f"{self.mountpoint(closure_id)}/nix/var/result") == f"{STORE_DIR}/{closure_id}"
+        except OSError:
+            return False
 
     def layers(self, closure_id: str) -> tuple[str, str]:
         """The lower layers of every overlay of this closure, topmost first."""
@@ -102,11 +109,10 @@ class Views:
             for directory in ("meta/nix/store", "meta/nix", "meta"):
                 _stamp(f"{building}/{directory}")
             # Commits what was made before it on a journalling file system, and spares a sync per store path (30 ms for
-            # 300).  Where that is not enough after a power cut, no mount has survived either, and a view without one is
-            # taken down before anything is published.
+            # 300).  Where that is not enough: a power cut ends all mounts, and a view without one is thrown away before
+            # anything is published.  The same is why no view's coming and going is synced by itself.
             _sync(f"{building}/meta/nix/store")
             os.rename(building, self.path(closure_id))
-            _sync(self._directory)
         self._building.discard(os.path.basename(building))
 
     def abandon(self, building: str) -> None:
@@ -116,11 +122,9 @@ class Views:
         self._building.discard(os.path.basename(building))
 
     def discard(self, closure_id: str) -> None:
-        """Throw away the view, durably; the caller knows that no mount uses it.  Raises VolumeFailed."""
+        """Throw away the view; the caller knows that no mount uses it.  Raises VolumeFailed."""
         if self.exists(closure_id):
             self._trash.take(self.path(closure_id))
-            with explained(f"remove the view of {closure_id}"):
-                _sync(self._directory)
 
 
 def _write_store(store: str, closure: Closure, physical: str) -> None:

@@ -18,7 +18,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cknix_csi.api.errors import CknixError, Conflict, Invalid, Problem
@@ -78,10 +78,19 @@ class _Attempt:
     began: bool = False
     made_target: bool = False
     made_private: bool = False
+    mounted: bool = False
 
     @property
     def closure_id(self) -> str:
         return self.request.root.basename
+
+
+@dataclass(slots=True)
+class _Detached:
+    """What an unpublish has unmounted and must look after: closures, and directories of written data."""
+
+    closures: set[str] = field(default_factory=set)
+    private: set[str] = field(default_factory=set)
 
 
 class Volumes:
@@ -99,9 +108,9 @@ class Volumes:
         self._root = root
         self._closures = closures
         self._mounts: Mounts = KernelMounts() if mounts is None else mounts
-        self._trash = Trash(f"{root}/trash", self._mounts)
+        self._trash = Trash(f"{root}/trash")
         self._views = Views(f"{root}/views", closures.store_dir.resolve(), self._trash)
-        self._private = PrivateLayers(f"{root}/volumes", self._trash)
+        self._private = PrivateLayers(f"{root}/volumes", self._trash, self._mounts)
         self._locks = KeyedLocks()
         self._unretired: set[str] = set()
         """Closures that have lost a user since they were last looked at; an operation that failed leaves some here."""
@@ -139,16 +148,14 @@ class Volumes:
         """
         await self._ready()
         path = targets.resolve(target)
-        private = self._private.path(volume_id, target)
+        detached = _Detached(private={self._private.path(volume_id, target)})
         async with self._locks.hold(_volume_key(volume_id), f"target {path}"):
-            lost: set[str] = set()
             try:
-                await finish(asyncio.to_thread(self._detach, path, private, lost))
+                await finish(asyncio.to_thread(self._detach, path, detached))
             finally:
-                self._unretired |= lost
-            for closure_id in sorted(lost):
-                async with self._locks.hold(f"closure {closure_id}"):
-                    await finish(self._retire(closure_id))
+                self._unretired |= detached.closures
+            async with self._locks.hold(*(f"closure {closure_id}" for closure_id in sorted(detached.closures))):
+                await finish(self._clear(path, detached))
             await self._retire_leftovers()
         self._trash.empty()
 
@@ -178,7 +185,7 @@ class Volumes:
             await self._reconcile_private(report)
         async with self._reported(report, "the list of GC roots"):
             await self._reconcile_closures(report)
-        self._trash.empty()
+        self._trash.retry()
         self._reconciled = True
         for line in report.words():
             log.info("reconcile: %s", line)
@@ -198,15 +205,14 @@ class Volumes:
 
     def _attach_known(self, attempt: _Attempt) -> bool:
         """True when the volume is there, or could be mounted from a view that exists; False when that must be built."""
-        table = self._mounts.table()
-        if stack := table.at(attempt.path):
-            self._require_same(stack[-1], attempt)
+        if self._mounts.mounted(attempt.path):
+            self._require_same(attempt)
             return True
         targets.check(attempt.path)
         attempt.began = True
         if not self._views.exists(attempt.closure_id):
             return False
-        self._attach(attempt, table)
+        self._attach(attempt)
         return True
 
     async def _make_view(self, root: StorePath) -> None:
@@ -222,27 +228,27 @@ class Volumes:
             await finish(asyncio.to_thread(self._views.abandon, building))
             raise
 
-    def _attach(self, attempt: _Attempt, table: MountTable | None = None) -> None:
+    def _attach(self, attempt: _Attempt) -> None:
         """From a view that exists to the mounted target."""
-        table = self._mounts.table() if table is None else table
         source = SOURCE + attempt.closure_id
         lower = self._views.layers(attempt.closure_id)
         attempt.made_target = targets.create(attempt.path)
         if attempt.request.writable:
-            self._private.discard(attempt.private, table)  # a crash left it
+            origin = self._private.mountpoint(attempt.private)
+            self._private.discard(attempt.private)  # a crash left it
             attempt.made_private = True
             upper = self._private.make(attempt.private)
-            origin = self._private.mountpoint(attempt.private)
             self._mounts.overlay(origin, source=source, lower=lower, upper=upper)
-            self._mounts.clone(origin + _SHOWN, attempt.path, writable=True)
+        else:
+            origin = self._views.mountpoint(attempt.closure_id)
+            if not self._mounts.mounted(origin):
+                self._mounts.overlay(origin, source=source, lower=lower, upper=None)
+            elif not self._views.is_shown(attempt.closure_id):
+                raise Conflict(f"{origin} is covered by a foreign mount; unmount it on the node")
+        self._mounts.clone(origin + _SHOWN, attempt.path, writable=attempt.request.writable)
+        attempt.mounted = True
+        if attempt.request.writable:
             self._mounts.unmount(origin)
-            return
-        origin = self._views.mountpoint(attempt.closure_id)
-        if not (mounted := table.at(origin)):
-            self._mounts.overlay(origin, source=source, lower=lower, upper=None)
-        elif mounted[-1].source != source:
-            raise Conflict(f"{origin} is covered by a foreign mount, {_described(mounted[-1])}; unmount it on the node")
-        self._mounts.clone(origin + _SHOWN, attempt.path, writable=False)
 
     async def _undo(self, attempt: _Attempt, error: BaseException) -> None:
         """Remove what *attempt* began, in reverse.  Raises NotUndone, unless the caller was cancelled."""
@@ -260,48 +266,56 @@ class Volumes:
             self._trash.empty()
 
     def _undo_attach(self, attempt: _Attempt) -> None:
-        # Under the target's lock nobody else of ours mounts there, and at the beginning nothing was mounted.
-        if any(self._publication(mount) for mount in self._mounts.table().at(attempt.path)):
+        if attempt.mounted:
             self._mounts.unmount(attempt.path)
         if attempt.made_target:
             targets.remove(attempt.path)
         if attempt.made_private:
             self._mounts.unmount(self._private.mountpoint(attempt.private))
-            self._private.discard(attempt.private, self._mounts.table())
+            self._private.discard(attempt.private)
 
     # Unpublish, step by step
 
-    def _detach(self, path: str, private: str, lost: set[str]) -> None:
-        """Clear the target and the volume's own data; *lost* receives the closures that were mounted there."""
-        stack = self._mounts.table().at(path)
-        ours = [publication for mount in stack if (publication := self._publication(mount))]
-        if stack and not ours:
-            raise Conflict(
-                f"{path} holds {_described(stack[-1])}, which this driver did not mount; unmount it on the node"
-            )
-        lost.update(publication.closure_id for publication in ours)
-        owners = {owner for mount in stack if (owner := self._private.owner(mount))}
-        if stack:
+    def _detach(self, path: str, detached: _Detached) -> None:
+        """Unmount the target; *detached* receives what was there."""
+        if self._mounts.mounted(path):
+            stack = self._mounts.table().at(path)
+            ours = [publication for mount in stack if (publication := self._publication(mount))]
+            if not ours:
+                what = _described(stack[-1]) if stack else "a mount"
+                raise Conflict(f"{path} holds {what}, which this driver did not mount; unmount it on the node")
+            detached.closures.update(publication.closure_id for publication in ours)
+            detached.private.update(owner for mount in stack if (owner := self._private.owner(mount)))
             self._mounts.unmount(path)
-        for directory in sorted(owners | {private}):
-            if os.path.lexists(directory):
-                self._mounts.unmount(self._private.mountpoint(directory))
-                self._private.discard(directory, self._mounts.table())
+        for private in detached.private:
+            self._mounts.unmount(self._private.mountpoint(private))
+
+    async def _clear(self, path: str, detached: _Detached) -> None:
+        """Remove what has lost its last mount, and the target.  The locks of the closures must be held."""
+        for closure_id in await asyncio.to_thread(self._clear_directories, path, detached):
+            await self._closures.release(closure_id)
+        self._unretired -= detached.closures
+
+    def _clear_directories(self, path: str, detached: _Detached) -> list[str]:
+        """All of :meth:`_clear` but the GC roots; returns the closures that need none any more."""
+        table = self._mounts.table() if detached.closures else None
+        for private in sorted(detached.private):
+            self._private.discard(private, table)
+        gone = [closure_id for closure_id in sorted(detached.closures) if self._drop_view(closure_id, table)]
         targets.remove(path)
+        return gone
 
     async def _retire(self, closure_id: str) -> bool:
         """Drop view and GC root of a closure that has no user; True when they are gone.  Its lock must be held."""
         self._unretired.add(closure_id)
-        if not await asyncio.to_thread(self._drop_view, closure_id):
-            self._unretired.discard(closure_id)
-            return False
-        await self._closures.release(closure_id)
+        if gone := await asyncio.to_thread(self._drop_view, closure_id):
+            await self._closures.release(closure_id)
         self._unretired.discard(closure_id)
-        return True
+        return gone
 
-    def _drop_view(self, closure_id: str) -> bool:
-        """Unmount the shared overlay and throw the view away, unless a mount uses either."""
-        if self._users(closure_id, self._mounts.table()):
+    def _drop_view(self, closure_id: str, table: MountTable | None = None) -> bool:
+        """Unmount the shared overlay and throw the view away, unless a mount shows the closure (then False)."""
+        if self._in_use(closure_id, self._mounts.table() if table is None else table):
             return False
         self._mounts.unmount(self._views.mountpoint(closure_id))
         if users := self._mounts.table().using(self._views.path(closure_id), f"/views/{closure_id}"):
@@ -338,25 +352,27 @@ class Volumes:
         writable = mount.super_option("upperdir") is not None and "rw" in mount.options
         return Publication(closure_id, writable)
 
-    def _require_same(self, mount: Mount, attempt: _Attempt) -> None:
-        """Raise Conflict unless *mount* is what *attempt* wants at its target."""
+    def _require_same(self, attempt: _Attempt) -> None:
+        """Raise Conflict unless what is mounted at the target is what *attempt* wants there."""
+        stack = self._mounts.table().at(attempt.path)
+        at = f"target path {attempt.path!r}"
         wanted = Publication(attempt.closure_id, attempt.request.writable)
-        found = self._publication(mount)
+        found = self._publication(stack[-1]) if stack else None
         if found is None:
+            what = _described(stack[-1]) if stack else "a mount"
             raise Conflict(
-                f"target path {attempt.path!r} holds {_described(mount)}, which this driver did not mount; "
-                f"it is left alone: unmount it on the node"
+                f"{at} holds {what}, which this driver did not mount; it is left alone: unmount it on the node"
             )
         if found != wanted:
-            raise Conflict(f"target path {attempt.path!r} already holds {found}, not {wanted}; unpublish it first")
-        if self._private.owner(mount) not in {None, attempt.private}:
-            raise Conflict(f"target path {attempt.path!r} already holds another volume of {found}; unpublish it first")
+            raise Conflict(f"{at} already holds {found}, not {wanted}; unpublish it first")
+        if self._private.owner(stack[-1]) not in {None, attempt.private}:
+            raise Conflict(f"{at} already holds another volume of {found}; unpublish it first")
 
-    def _users(self, closure_id: str, table: MountTable) -> list[Mount]:
-        """The mounts that show the closure, in pods or on their way there."""
+    def _in_use(self, closure_id: str, table: MountTable) -> bool:
+        """True when a mount shows the closure, in a pod or on its way there."""
         shared = self._views.mountpoint(closure_id)
         mounts = table.sourced(SOURCE + closure_id)
-        return [mount for mount in mounts if mount.target != shared and self._closure_of(mount)]
+        return any(mount.target != shared and self._closure_of(mount) for mount in mounts)
 
     # Start
 
@@ -404,7 +420,7 @@ class Volumes:
             try:
                 self._mounts.unmount(self._private.mountpoint(private))  # hidden: no pod sees it
                 used = any(self._private.owner(mount) == private for mount in self._mounts.table().sourced_like(SOURCE))
-                if not used and self._private.discard(private, self._mounts.table()):
+                if not used and self._private.discard(private):
                     report.volumes_removed.append(private)
             except (CknixError, OSError) as error:
                 report.problems.append(f"{private}: {error}")

@@ -38,7 +38,7 @@ class Server:
         key = ec.generate_private_key(ec.SECP256R1())
         (directory / "service-accounts.key").write_bytes(
             key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+                serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
             )
         )
         (directory / "tokens.csv").write_text(f'{self._admin_token},admin,admin,"system:masters"\n')

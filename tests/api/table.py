@@ -145,4 +145,4 @@ BAD = [
     Bad("a refresh that is too long a text", expr(refresh="0" * 31 + "60s"), "spec.refresh"),
 ]
 
-assert len({case.name for case in [*GOOD, *BAD]}) == len(GOOD) + len(BAD)
+assert len({case.name for case in GOOD} | {case.name for case in BAD}) == len(GOOD) + len(BAD)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cknix_csi.api.expression import API_VERSION, KIND
-from cknix_csi.kube.api import ApiError, Json
+from cknix_csi.kube.api import ApiError, Json, expressions
 from cknix_csi.kube.client import KubernetesApi
 from tests.api.conftest import Expressions
 from tests.api.server import Server
@@ -18,8 +18,7 @@ from tests.api.table import BAD, GOOD, Bad, Good
 async def dry_run(api: KubernetesApi, spec: Any) -> Json:
     """What the API server would store; as strict about unknown fields as kubectl."""
     body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "dry", "namespace": "default"}, "spec": spec}
-    query = "dryRun=All&fieldValidation=Strict"
-    return await api.create(f"/apis/cknix.cool/v1/namespaces/default/expressions?{query}&x=", body)
+    return await api.create(expressions("default"), body, query={"dryRun": "All", "fieldValidation": "Strict"})
 
 
 @pytest.mark.parametrize("case", GOOD, ids=lambda case: case.name)
@@ -41,9 +40,8 @@ async def test_the_history_has_a_default(api: KubernetesApi) -> None:
 
 async def test_a_user_cannot_write_the_status_along_with_the_spec(expr: Expressions) -> None:
     await expr.create("a", "1")
-    expr.server.kubectl(
-        "patch", "expr", "a", "-n", expr.namespace, "--type=merge", "-p", '{"status":{"phase":"Failed"}}'
-    )
+    status = '{"status":{"phase":"Failed"}}'
+    expr.server.kubectl("patch", "expr", "a", "-n", expr.namespace, "--type=merge", "-p", status)
     assert await expr.status("a") == {}
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.cluster import driver
 from tests.cluster.harness import Cluster
 from tests.cluster.harness.__main__ import standard_images
 from tests.cluster.harness.components import build_components
@@ -39,3 +40,25 @@ def cluster(cluster_images: list[Path]) -> Iterator[Cluster]:
     """A running cluster; what a test makes in it, it removes."""
     with Cluster(nodes=2, images=cluster_images) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def installed(cluster: Cluster) -> Cluster:
+    """The cluster with cknix on it: the manifests applied to it as they are, once, as the README says."""
+    cluster.kubectl("apply", "-f", str(driver.MANIFESTS))
+    driver.rolled_out(cluster)
+    return cluster
+
+
+@pytest.fixture
+def applied(installed: Cluster) -> Iterator[Callable[[str], None]]:
+    """Applies manifests to the installed cluster, and deletes them when the test ends."""
+    manifests: list[str] = []
+
+    def apply(manifest: str) -> None:
+        manifests.append(manifest)
+        installed.apply(manifest)
+
+    yield apply
+    for manifest in reversed(manifests):
+        installed.delete(manifest)

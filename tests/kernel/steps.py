@@ -13,19 +13,22 @@ from cknix_csi.volumes.mounts import KernelMounts, Upper
 
 
 class Stepped:
-    """Counts calls; tells *before* and *after* the number, from 1, and the name of each."""
+    """Counts calls; tells *before* and *after* the number, from 1, and the name of each.
+
+    ``calls`` keeps the names.
+    """
 
     def __init__(
         self, before: Callable[[int, str], None], after: Callable[[int, str], None] = lambda _number, _name: None
     ) -> None:
-        self.number = 0
+        self.calls: list[str] = []
         self._before = before
         self._after = after
 
     def enter(self, name: str) -> Callable[[], None]:
         """Announce a call; what it returns announces its end."""
-        self.number += 1
-        number = self.number
+        self.calls.append(name)
+        number = len(self.calls)
         self._before(number, name)
         return lambda: self._after(number, name)
 
@@ -41,6 +44,12 @@ class SteppedMounts(KernelMounts):
         table = super().table()
         end()
         return table
+
+    def mounted(self, path: str) -> bool:
+        end = self._steps.enter("mounted")
+        mounted = super().mounted(path)
+        end()
+        return mounted
 
     def overlay(self, target: str, *, source: str, lower: Sequence[str], upper: Upper | None) -> None:
         end = self._steps.enter("overlay")

@@ -74,6 +74,8 @@ def test_a_source_that_looks_like_a_path_is_not_taken_for_a_target() -> None:
     assert table.at("/t") == []
     assert table.below("/t") == []
     assert [mount.target for mount in table.sourced("/t")] == ["/u"]
+    assert [mount.target for mount in table.sourced_like("/")] == ["/u"]
+    assert list(table.sourced_like("/u")) == []
 
 
 def test_below_is_by_path_component() -> None:

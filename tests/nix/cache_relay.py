@@ -21,6 +21,7 @@ def relay(port: int, *, after: int, then: Literal["cut", "stall"]) -> Iterator[s
         try:
             while block := near.recv(_BLOCK):
                 far.sendall(block)
+            far.shutdown(socket.SHUT_RDWR)
         except OSError:
             return
 

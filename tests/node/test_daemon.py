@@ -21,7 +21,7 @@ from tests.node.fakes import HELLO, OTHER
 
 
 async def register(node: NodeUnderTest, *, refusal: str = "") -> PluginInfo:
-    """What kubelet does when the registration socket appears: ask, call NodeGetInfo at the endpoint, tell the result."""
+    """What kubelet does when the registration socket appears: ask, call NodeGetInfo, say how it went."""
     await exists(node.registration)
     async with Channel(path=str(node.registration)) as channel:
         kubelet = RegistrationStub(channel)

@@ -310,16 +310,25 @@ async def test_unpublish_cancels_the_publish_in_flight_and_waits_until_it_is_und
 
 
 async def test_unpublish_of_one_pod_leaves_the_publish_of_another_pod_alone(node: NodeUnderTest) -> None:
-    node.volumes.open.clear()
+    node.fetcher.open.clear()
     async with node.running(), node.client() as client:
-        publish = asyncio.create_task(client.NodePublishVolume(node.publish_request()))
-        await node.volumes.entered.wait()
+        publish = asyncio.create_task(client.NodePublishVolume(node.publish_request(storePath=str(OTHER))))
+        await node.fetcher.started.wait()
         other = NodeUnpublishVolumeRequest(volume_id="v1", target_path=str(node.directory / "pods/2/mount"))
-        unpublish = asyncio.create_task(client.NodeUnpublishVolume(other))
-        node.volumes.open.set()
-        await asyncio.gather(publish, unpublish)
-    assert "undone v1" not in node.volumes.calls
+        await client.NodeUnpublishVolume(other)
+        node.fetcher.open.set()
+        await publish
     assert list(node.volumes.mounted) == [node.target]
+
+
+async def test_what_was_unpublished_is_not_held_against_the_next_volume(node: NodeUnderTest) -> None:
+    async with node.running(), node.client() as client:
+        await client.NodePublishVolume(node.publish_request())
+        await client.NodeUnpublishVolume(node.unpublish_request())
+        node.volumes.mounted[node.target] = Publication(HELLO.basename, writable=False)
+        request = node.publish_request()
+        request.volume_id = "v2"
+        await client.NodePublishVolume(request)
 
 
 async def test_a_publish_with_other_arguments_does_not_join_the_one_in_flight(node: NodeUnderTest) -> None:

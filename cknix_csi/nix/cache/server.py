@@ -10,7 +10,7 @@ A node's store must believe the cluster's key and must not remember what was mis
 
     --option substituters http://<cache>/ --option trusted-public-keys <name>:<base64> --option require-sigs true
     --option narinfo-cache-negative-ttl 0 --option narinfo-cache-positive-ttl 0
-    --option connect-timeout 5 --option download-attempts 2
+    --option connect-timeout 5 --option stalled-download-timeout 30 --option download-attempts 2
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ from cknix_csi.nix.store import Store
 Policy = Callable[[StorePath], bool]
 """Whether a valid path may be served.  Called in a worker thread, for every narinfo and every NAR."""
 
-MAX_STREAMS = 32
-"""NARs sent at once; the others wait their turn.  Each holds at most two pieces of ``nar.CHUNK`` bytes."""
+MAX_STREAMS = 128
+"""NARs sent at once; the others wait their turn in silence, which their clients bear for ``stalled-download-timeout``.
+That is why it is high: a shared line is slow but not silent.  Each holds up to three pieces of ``nar.CHUNK`` bytes.
+"""
 STALL_SECONDS = 60.0
 """How long a client may leave one piece unread before its connection is dropped, so that it cannot keep its turn."""
 

@@ -18,6 +18,7 @@ from .cache import progress
 from .cluster import Cluster
 from .command import CommandFailed
 from .components import KUBERNETES, build_components
+from .imagestore import imported
 from .requirements import DEBIAN_PACKAGES, missing
 
 MANIFESTS = PROJECT / "yaml"
@@ -60,7 +61,7 @@ def main() -> int:
         return 1
     if arguments.command == "build":
         build_components()
-        standard_images()
+        imported(standard_images())
     elif arguments.command == "image":
         print(build_image(*arguments.references))
     else:

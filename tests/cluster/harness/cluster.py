@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -24,6 +24,7 @@ from .command import Argument, run
 from .components import KUBERNETES, build_components, program_path
 from .credentials import ADMIN, Credentials
 from .diagnosis import describe
+from .imagestore import furnish, imported
 from .node import Node
 from .scratch import Scratch
 from .waiting import wait
@@ -72,9 +73,10 @@ class Cluster:
     def start(self) -> None:
         """Bring the cluster up; returns when its nodes are Ready and pods can be made.  Cleans up after a failure."""
         build_components()
+        store = imported(self._images) if self._images else None
         try:
             self._scratch.create()
-            self._start()
+            self._start(store)
         except BaseException:
             self.stop()
             raise
@@ -139,7 +141,7 @@ class Cluster:
         """The first true value of *predicate*; after *timeout* seconds, an error with all that can be seen."""
         return wait(description, predicate, timeout=timeout, seen=lambda: describe(self))
 
-    def _start(self) -> None:
+    def _start(self, store: Path | None) -> None:
         first = self.nodes[0]
         each(self.nodes, Node.boot)
         network.connect([node.machine for node in self.nodes])
@@ -148,33 +150,31 @@ class Cluster:
         first.launch(controlplane.storage(self.directory / "etcd"))
         first.launch(controlplane.api_server(credentials, first.address))
         with ThreadPoolExecutor() as pool:
-            prepared = [pool.submit(self._prepare, node) for node in self.nodes]
+            runtimes = [pool.submit(self._start_runtime, node, store) for node in self.nodes]
             try:
-                self._start_kubernetes(credentials)
-                for preparation in prepared:
-                    preparation.result()
+                self._start_kubernetes(credentials, runtimes)
             except BaseException:
-                each(self.nodes, Node.halt)  # so that no preparation goes on
+                each(self.nodes, Node.halt)  # so that no thread waits in vain
                 raise
         self.wait("all nodes are Ready", self._nodes_ready, timeout=90)
         self.wait("names are resolved", self._dns_ready, timeout=60)
         self.wait("the cluster can run pods", lambda: self.get("serviceaccount", "default"), timeout=60)
 
-    def _start_kubernetes(self, credentials: Credentials) -> None:
+    def _start_kubernetes(self, credentials: Credentials, runtimes: Sequence[Future[None]]) -> None:
         first = self.nodes[0]
         self.wait("the API server is ready", lambda: self.kubectl("get", "--raw", "/readyz"), timeout=60)
         for program in controlplane.controllers(credentials):
             first.launch(program)
-        for node in self.nodes:
+        for node, runtime in zip(self.nodes, runtimes, strict=True):
+            runtime.result()
             node.start_agents(credentials)
         self.apply(controlplane.dns_objects(first.address))
         first.launch(controlplane.dns(credentials, first.address, self.directory / "Corefile"))
 
-    def _prepare(self, node: Node) -> None:
+    def _start_runtime(self, node: Node, store: Path | None) -> None:
+        if store:
+            furnish(node, store)
         node.start_runtime()
-        self.wait(f"containerd on {node.name} answers", lambda: node.exec(["ctr", "version"]), timeout=30)
-        for image in self._images:
-            node.import_image(image)
 
     def _nodes_ready(self) -> bool:
         query = '{.items[*].status.conditions[?(@.type=="Ready")].status}'

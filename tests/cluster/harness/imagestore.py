@@ -2,23 +2,25 @@
 
 Importing an image writes it twice, with a sync: for a few hundred megabytes on each of several nodes that is most of a
 cluster's start.  So a set of images is imported once, and nodes get it as hard links: nothing ever writes to a blob or
-to an unpacked layer, only the databases beside them change.
+to an unpacked layer; only the databases of containerd's parts change, and those are copied.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+import signal
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from .cache import built_beside, cache_root, exclusive, progress
-from .command import CommandFailed, run
+from .command import run
 from .components import CONTAINERD
 from .node import Node
+from .scratch import Scratch
 
-SHARED = ("io.containerd.content.v1.content/blobs", "io.containerd.snapshotter.v1.overlayfs/snapshots")
+CONTAINERD_DIRECTORY = "/var/lib/containerd"
 KEPT_SETS = 2
 
 
@@ -48,24 +50,33 @@ def identity(images: Sequence[Path]) -> str:
 
 def import_all(images: Sequence[Path], target: Path) -> None:
     """Import *images* on a node that is there for nothing else, and move what its containerd has made to *target*."""
-    node = Node(target.name.lstrip("."), 0, target / "node")
+    scratch = Scratch(target.parent)
+    node = Node(scratch.name, 0, scratch.directory)
     try:
+        scratch.create()
         node.boot()
         node.start_runtime()
         for image in images:
             node.import_image(image)
-        node.kill("containerd")
+        node.kill("containerd", signal.SIGTERM)
+        node.halt()
+        node.path(CONTAINERD_DIRECTORY).rename(target / "containerd")
     finally:
         node.halt()
-    for entry in node.path("/var/lib/containerd").iterdir():
-        entry.rename(target / entry.name)
-    shutil.rmtree(target / "node")
+        scratch.remove()
 
 
-def furnish(directory: Path, store: Path) -> None:
-    """Make *directory* a containerd's directory with everything that is in *store*."""
-    run(["cp", "--archive", store, directory])
-    
+def furnish(node: Node, store: Path) -> None:
+    """Give a *node* whose containerd does not run yet everything that is in *store*."""
+    directory = node.path(CONTAINERD_DIRECTORY)
+    linked = ["--link"] if store.stat().st_dev == directory.parent.stat().st_dev else []
+    run(["cp", "--archive", *linked, store / "containerd", directory])
+    for database in directory.glob("*/*"):
+        if database.is_file():
+            own = database.read_bytes()
+            database.unlink()
+            database.write_bytes(own)
+
 
 def forget_all_but(count: int) -> None:
     """Remove the sets of images that were not used for longest."""

@@ -13,6 +13,7 @@ from .components import CNI, PAUSE, RUNC, program_path
 from .credentials import Credentials
 from .namespaces import Machine, Process
 from .network import CLUSTER_DOMAIN, DNS_SERVICE_ADDRESS, POD_NETWORK, node_address, pod_network
+from .waiting import wait
 
 PAUSE_IMAGE = "docker.io/cknix-test/pause:1"
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
@@ -152,7 +153,7 @@ class Node:
         self._processes[name] = self.machine.start(program, self.log(name), environment())
 
     def start_runtime(self) -> None:
-        """Start containerd, with the network that its pods will be on."""
+        """Start containerd, with the network that its pods will be on; returns when it answers."""
         network = self.path(CNI_CONFIG)
         network.mkdir(parents=True)
         (network / "10-pods.conflist").write_text(json.dumps(pod_network_config(self.index)))
@@ -169,6 +170,9 @@ class Node:
             )
         )
         self.launch(("containerd", f"--config={config}"))
+        log = self.log("containerd")
+        answers = ["ctr", "--address", CONTAINERD_SOCKET, "version"]
+        wait(f"containerd on {self.name} answers", lambda: self.exec(answers), timeout=60, seen=log.read_text)
 
     def start_agents(self, credentials: Credentials) -> None:
         """Start kubelet and kube-proxy, which need the API server."""

@@ -1,0 +1,207 @@
+"""What the driver's own cluster tests say over and over: objects as text, and what is on a node."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cluster.harness import Cluster
+from tests.cluster.harness.node import Node
+from tests.cluster.image.build import PROJECT
+
+MANIFESTS = PROJECT / "yaml"
+EXAMPLES = MANIFESTS / "test"
+SYSTEM = "cknix-system"
+IMAGE = "busybox:1.37"
+NODE_STORE = "local?root=/var/lib/cknix"
+
+
+def expression(name: str, text: str, *, kind: str = "expr") -> str:
+    """An Expression in the default namespace."""
+    body = textwrap.indent(text, " " * 6)
+    return f"""\
+---
+apiVersion: cknix.cool/v1
+kind: Expression
+metadata: {{name: {name}}}
+spec:
+  data:
+    {kind}: |-
+{body}
+"""
+
+
+def demo(attribute: str) -> str:
+    """The expression of a package of the demo set."""
+    return f"(import <cknix-demo> {{}}).{attribute}"
+
+
+def pod(
+    name: str,
+    attributes: dict[str, str],
+    command: str = "sleep infinity",
+    *,
+    node: str | None = None,
+    read_only: bool = True,
+) -> str:
+    """A pod with an inline volume at /nix that runs *command* in a shell of its image."""
+    pairs = "".join(f'\n        {key}: "{value}"' for key, value in attributes.items())
+    volume = f"""\
+  - name: nix
+    csi:
+      driver: csi.cknix.cool
+      readOnly: {str(read_only).lower()}
+      volumeAttributes:{pairs or " {}"}"""
+    return _pod(name, volume, command, node)
+
+
+def claim_pod(name: str, claim: str, command: str = "sleep infinity", *, node: str | None = None) -> str:
+    """A pod with a PersistentVolumeClaim at /nix."""
+    volume = f"""\
+  - name: nix
+    persistentVolumeClaim: {{claimName: {claim}, readOnly: true}}"""
+    return _pod(name, volume, command, node)
+
+
+def _pod(name: str, volume: str, command: str, node: str | None) -> str:
+    placed = f"\n  nodeName: {node}" if node else ""
+    return f"""\
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}}}
+spec:{placed}
+  restartPolicy: Never
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: main
+    image: {IMAGE}
+    command: [sh, -c, '{command}']
+    volumeMounts: [{{name: nix, mountPath: /nix}}]
+  volumes:
+{volume}
+"""
+
+
+def phase(cluster: Cluster, name: str) -> str:
+    """Phase of an Expression."""
+    return cluster.kubectl("get", "expr", name, "-o", "jsonpath={.status.phase}")
+
+
+def result(cluster: Cluster, name: str) -> str:
+    """Result of an Expression, as `kubectl get expr` shows it."""
+    return cluster.kubectl("get", "expr", name, "-o", "jsonpath={.status.result}")
+
+
+def built(cluster: Cluster, name: str, timeout: float = 60) -> str:
+    """The result of an Expression, once it has succeeded."""
+    cluster.wait(f"Expression {name} succeeds", lambda: phase(cluster, name) == "Succeeded", timeout)
+    return result(cluster, name)
+
+
+def running(cluster: Cluster, name: str, timeout: float = 60) -> None:
+    cluster.wait(f"pod {name} runs", lambda: cluster.phase(name) == "Running", timeout)
+
+
+def printed(cluster: Cluster, name: str, timeout: float = 60) -> str:
+    """What a pod printed, once it has succeeded."""
+    cluster.wait(f"pod {name} succeeds", lambda: cluster.phase(name) == "Succeeded", timeout)
+    return cluster.logs(name)
+
+
+def in_pod(cluster: Cluster, name: str, *argv: str) -> str:
+    return cluster.kubectl("exec", name, "--", *argv)
+
+
+def events(cluster: Cluster, name: str, kind: str = "Pod") -> str:
+    """Reasons and messages of an object's Events, a line each."""
+    selector = f"involvedObject.name={name},involvedObject.kind={kind}"
+    template = '{range .items[*]}{.reason}: {.message}{"\\n"}{end}'
+    return cluster.kubectl("get", "events", "--field-selector", selector, "-o", f"jsonpath={template}")
+
+
+def node_of(cluster: Cluster, pod_name: str, namespace: str = "default") -> Node:
+    where = cluster.kubectl("get", "pod", pod_name, "-n", namespace, "-o", "jsonpath={.spec.nodeName}")
+    return cluster.node(where)
+
+
+def controller_pod(cluster: Cluster) -> str:
+    template = "jsonpath={.items[0].metadata.name}"
+    return cluster.kubectl("get", "pods", "-n", SYSTEM, "-l", "app.kubernetes.io/component=controller", "-o", template)
+
+
+def daemon_pod(cluster: Cluster, node: Node) -> str:
+    """The node daemon's pod on *node*."""
+    return cluster.kubectl(
+        *("get", "pods", "-n", SYSTEM, "-l", "app.kubernetes.io/component=node"),
+        *("--field-selector", f"spec.nodeName={node.name}", "-o", "jsonpath={.items[0].metadata.name}"),
+    )
+
+
+def on_daemon(cluster: Cluster, node: Node, *argv: str) -> str:
+    """What a command in the node daemon's container prints."""
+    return cluster.kubectl("exec", "-n", SYSTEM, daemon_pod(cluster, node), "--", *argv)
+
+
+def closure(cluster: Cluster, node: Node, path: str) -> set[str]:
+    """The closure of *path*, as Nix on *node* says."""
+    return set(on_daemon(cluster, node, "nix-store", "--store", NODE_STORE, "-qR", path).split())
+
+
+def signatures(cluster: Cluster, node: Node, path: str) -> list[str]:
+    """Signatures of *path* in the store of *node*, as Nix says."""
+    nix = ("nix", "--extra-experimental-features", "nix-command", "--store", NODE_STORE)
+    return on_daemon(cluster, node, *nix, "path-info", "--sigs", path).split()[1:]
+
+
+def rolled_out(cluster: Cluster) -> None:
+    """Both workloads run what their templates say, and are ready."""
+    for workload in ("daemonset/cknix-node", "deployment/cknix-controller"):
+        cluster.kubectl("rollout", "status", workload, "-n", SYSTEM, "--timeout=90s", timeout=100)
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What of volumes and Expressions can be found on a node."""
+
+    mounts: tuple[str, ...]
+    directories: tuple[str, ...]
+    roots: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.mounts or self.directories or self.roots)
+
+
+def left_on(node: Node) -> Left:
+    """Mounts of ours, the directories of views, volumes and trash, and GC roots of both roles, on *node* now."""
+    mounts = tuple(line.split(" ")[4] for line in node.mountinfo().splitlines() if " cknix:" in line)
+    data = node.path("/var/lib/cknix")
+    directories = [path for name in ("views", "volumes", "trash") for path in _below(data / name)]
+    roots = [
+        path
+        for store in (data, data / "controller")
+        for path in (store / "nix/var/nix/gcroots/cknix").rglob("*")
+        if path.is_symlink()
+    ]
+    return Left(mounts, tuple(map(str, directories)), tuple(map(str, roots)))
+
+
+def volume_directories(node: Node) -> list[str]:
+    """kubelet's directories of volumes of our driver on *node*."""
+    pods = node.path("/var/lib/kubelet/pods")
+    return sorted(str(path) for path in pods.glob("*/volumes/kubernetes.io~csi/*"))
+
+
+def _below(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def assert_nothing_left(cluster: Cluster) -> None:
+    """No Expression, mount, directory or GC root is left on any node."""
+
+    def clean() -> bool:
+        return not any(left_on(node) or volume_directories(node) for node in cluster.nodes)
+
+    cluster.wait("nothing is left on any node", clean, timeout=30)
+    assert cluster.get("expr", "--all-namespaces")["items"] == []
