@@ -62,9 +62,15 @@ async def _work(dependencies: Dependencies, instance: str) -> None:
         await release_orphans(api, dependencies.roots)
         await Operator(api, supervisor).run()
 
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(dependencies.serve_cache(key), name="cache")
-        tasks.create_task(publish_config(api, options.namespace, options.cache_url, key.public), name="cache config")
-        tasks.create_task(events.run(), name="events")
-        tasks.create_task(supervisor.run(), name="supervisor")
-        tasks.create_task(watch(), name="watch")
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(dependencies.serve_cache(key), name="cache")
+            tasks.create_task(
+                publish_config(api, options.namespace, options.cache_url, key.public), name="cache config"
+            )
+            tasks.create_task(events.run(), name="events")
+            tasks.create_task(supervisor.run(), name="supervisor")
+            tasks.create_task(watch(), name="watch")
+    except ExceptionGroup as group:
+        # One failure ends the others; it is the news, not that there was a group.
+        raise group.exceptions[0] from group

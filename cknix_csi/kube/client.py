@@ -45,7 +45,10 @@ async def load_configuration() -> Configuration:
         if os.environ.get("KUBERNETES_SERVICE_HOST") and _SERVICE_ACCOUNT_TOKEN.exists():
             config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         else:
-            await config.load_kube_config(client_configuration=configuration)
+            # Read here, since kubernetes-asyncio reads the variable only once, when it is imported.
+            await config.load_kube_config(
+                config_file=os.environ.get("KUBECONFIG") or None, client_configuration=configuration
+            )
     except (config.ConfigException, OSError) as error:
         raise ApiError(
             f"no Kubernetes API server is known: {error}; run in a pod with a ServiceAccount, or set KUBECONFIG",

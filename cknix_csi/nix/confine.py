@@ -16,10 +16,12 @@ from pathlib import Path
 _DEVICES = "null zero full random urandom tty kvm"
 
 _SCRIPT = f"""
-mount --bind /dev /dev
+mount --rbind /dev /dev
 for device in {_DEVICES}; do
-  if [ -e /dev/$device ]; then mount --bind /dev/$device /dev/$device; fi
+  if [ -c /dev/$device ] && [ ! -h /dev/$device ]; then mount --bind /dev/$device /dev/$device; fi
 done
+# A pseudoterminal comes from the /dev/pts beside it; for a bind mount of /dev/ptmx nothing is beside.
+if [ -c /dev/pts/ptmx ] && [ ! -h /dev/ptmx ]; then mount --bind /dev/pts/ptmx /dev/ptmx; fi
 mount -o remount,bind,nodev,nosuid /dev
 while [ "$1" != -- ]; do
   if [ -d "$1" ]; then mount -t tmpfs -o ro,mode=0,size=4k cknix-hidden "$1"; fi

@@ -31,6 +31,7 @@ _ACT_SUBSTITUTE = 108
 _RES_BUILD_LOG_LINE = 101
 _RES_PROGRESS = 105
 _LEVEL_ERROR = 0
+_LEVEL_WARNING = 1
 
 # CSI, OSC (ended by BEL or ST) and two-character sequences (ECMA-48).
 _ANSI = re.compile(r"\x1b(?:\[[0-9;:?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
@@ -59,6 +60,7 @@ class Log:
         self._running: dict[int, str] = {}
         self._builds: OrderedDict[int, _Build] = OrderedDict()
         self._errors: deque[str] = deque(maxlen=MAX_TAIL_LINES)
+        self._warnings: deque[str] = deque(maxlen=MAX_TAIL_LINES)
 
     def feed(self, line: bytes) -> None:
         """One line of stderr; lines that are no JSON count as messages."""
@@ -76,6 +78,16 @@ class Log:
             return
         if isinstance(event, dict):
             self._event(event)
+
+    @property
+    def errors(self) -> list[str]:
+        """The newest of Nix's error messages, oldest first."""
+        return list(self._errors)
+
+    @property
+    def warnings(self) -> list[str]:
+        """The newest of Nix's warnings, oldest first."""
+        return list(self._warnings)
 
     @property
     def error(self) -> str:
@@ -98,6 +110,8 @@ class Log:
         fields = fields if isinstance(fields, list) else []
         if action == "msg" and event.get("level") == _LEVEL_ERROR:
             self._errors.append(_bounded(plain(str(event.get("msg", ""))).strip()))
+        elif action == "msg" and event.get("level") == _LEVEL_WARNING:
+            self._warnings.append(_bounded(plain(str(event.get("msg", ""))).strip()))
         elif not isinstance(number, int):
             return
         elif action == "start":

@@ -21,19 +21,17 @@ from typing import Any
 
 from cknix_csi.api.errors import (
     BuildFailed,
-    CacheUnavailable,
     CknixError,
     DeadlineExceeded,
     EvaluationFailed,
-    NotFound,
     OutOfSpace,
-    PathUntrusted,
 )
 from cknix_csi.api.expression import FLAKE_REF_PATTERN, Data
 from cknix_csi.api.progress import Progress, humanise
 from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
 from cknix_csi.nix import database, process
 from cknix_csi.nix.confine import confined
+from cknix_csi.nix.fetcherrors import fetch_error
 from cknix_csi.nix.log import Log
 from cknix_csi.nix.readable import readable
 from cknix_csi.nix.store import Store
@@ -134,9 +132,10 @@ class Nix:
             "require-sigs": "true",
             # A path asked for too early must be found as soon as it is published.
             "narinfo-cache-negative-ttl": "0",
-            "narinfo-cache-positive-ttl": "60",
+            # What a cache had a minute ago it may have lost with its node.
+            "narinfo-cache-positive-ttl": "0",
             "connect-timeout": "5",
-            "stalled-download-timeout": "20",
+            "stalled-download-timeout": "30",
             "download-attempts": "2",
             "max-jobs": "0",
             "fallback": "false",
@@ -151,7 +150,8 @@ class Nix:
             ) from None
         if completed.code == 0 and await asyncio.to_thread(database.is_valid, self.store, path):
             return
-        raise _fetch_error(path, caches, log)
+        _raise_if_full(log.error)
+        raise fetch_error(path, [cache.url for cache in caches], log.errors, log.warnings)
 
     async def _describe(
         self, arguments: list[str], installables: list[str], system: str, renames: Mapping[str, str]
@@ -168,10 +168,13 @@ class Nix:
         }
         command = ["nix", "eval", "--json", "--apply", apply, "--log-format", "internal-json", *arguments]
         command = [*self._on_this_store(command), *_as_arguments(options), *installables]
+        directory = None
         if self._options.restrict_eval:
             command = confined(command, self._options.hidden)
+            # What a relative flake reference means: nothing.
+            directory = self._options.home / "empty"
         try:
-            completed = await self._run(command, log, timeout)
+            completed = await self._run(command, log, timeout, directory)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"the evaluation did not end within {humanise(timeout)} and was stopped; "
@@ -191,10 +194,15 @@ class Nix:
         argv = [*command, "--store", self.store.uri, "--extra-experimental-features", "nix-command flakes"]
         return argv if _has_build_users() else [*argv, "--option", "build-users-group", ""]
 
-    async def _run(self, argv: list[str], log: Log, deadline: float) -> process.Completed:
+    async def _run(
+        self, argv: list[str], log: Log, deadline: float, directory: Path | None = None
+    ) -> process.Completed:
+        """Run *argv* in *directory*, which is made, or where this program was started."""
         try:
-            await asyncio.to_thread(self._options.home.mkdir, mode=0o700, parents=True, exist_ok=True)
-            return await process.run(argv, env=self._environment(), deadline=deadline, on_line=log.feed)
+            for needed in (self._options.home, directory):
+                if needed is not None:
+                    await asyncio.to_thread(needed.mkdir, mode=0o700, parents=True, exist_ok=True)
+            return await process.run(argv, env=self._environment(), deadline=deadline, on_line=log.feed, cwd=directory)
         except FileNotFoundError as error:
             raise CknixError(f"{error.filename} was not found; is Nix on PATH?", reason="NixNotFound") from None
 
@@ -282,27 +290,6 @@ def _evaluation(data: Data, description: Mapping[str, Any]) -> Evaluation:
         result,
         tuple(f"{entry['path']}!{','.join(entry['outputs'] or ['*'])}" for entry in description["derivations"]),
     )
-
-
-def _fetch_error(path: StorePath, caches: Sequence[CacheEndpoint], log: Log) -> CknixError:
-    """Which failure Nix's words mean; its exit code does not tell."""
-    text = log.error
-    _raise_if_full(text)
-    asked = ", ".join(cache.url for cache in caches) or "the substituters of nix.conf"
-    untrusted = ("signature", "not signed by", "hash mismatch", "lacks a valid signature", "corrupt", "untrusted")
-    if any(words in text for words in untrusted):
-        return PathUntrusted(f"{path} was refused: {text}")
-    unreachable = (
-        "unable to download",
-        "Couldn't connect",
-        "Could not resolve",
-        "timed out",
-        "HTTP error",
-        "disabling",
-    )
-    if not caches or any(words in text for words in unreachable):
-        return CacheUnavailable(f"{path} is not on this node and {asked} could not deliver it{_after(text)}")
-    return NotFound(f"{path} is not on this node and {asked} does not have it{_after(text)}", reason="PathNotFound")
 
 
 def _raise_if_full(text: str) -> None:

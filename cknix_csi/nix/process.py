@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 MAX_STDOUT = 16 * 1024 * 1024
@@ -37,7 +38,7 @@ async def run(
     env: Mapping[str, str],
     deadline: float,
     on_line: Callable[[bytes], None],
-    cwd: str | None = None,
+    cwd: Path | None = None,
 ) -> Completed:
     """Run *argv*; *on_line* gets each line of stderr as it comes, cut at :data:`MAX_LINE` bytes.
 

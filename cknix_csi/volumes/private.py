@@ -18,7 +18,8 @@ from cknix_csi.volumes.mountinfo import Mount, MountTable
 from cknix_csi.volumes.mounts import Mounts, Upper
 from cknix_csi.volumes.trash import Trash
 
-_PLAIN = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
+_PLAIN = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,79}")
+"""Short enough for ``upperdir=`` to fit into a mount option, where :meth:`PrivateLayers.owner` reads it again."""
 
 
 class PrivateLayers:

@@ -217,12 +217,14 @@ class Volumes:
 
     async def _make_view(self, root: StorePath) -> None:
         closure_id = root.basename
-        await finish(self._closures.hold(closure_id, root))
+        with explained(f"take the GC root of {closure_id}"):
+            await finish(self._closures.hold(closure_id, root))
         closure = await finish(self._closures.query(root))
         building = self._views.reserve()
         try:
             await finish(asyncio.to_thread(self._views.begin, building, closure))
-            await finish(self._closures.write_state(closure, Path(building, "meta")))
+            with explained(f"write the database of {closure_id}"):
+                await finish(self._closures.write_state(closure, Path(building, "meta")))
             await finish(asyncio.to_thread(self._views.complete, building, closure_id))
         except BaseException:
             await finish(asyncio.to_thread(self._views.abandon, building))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from cknix_csi.kube.api import MERGE_PATCH, NOT_FOUND, ApiError, Json, core, exp
 from cknix_csi.kube.client import KubernetesApi
 from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.store import Store
-from tests.api import rbac
+from tests.api import operator, rbac
 from tests.api.fakenix import World
-from tests.api.server import DRIVER_NAMESPACE, REPOSITORY, Server
+from tests.api.server import DRIVER_NAMESPACE, Server
 
 WAIT_SECONDS = 40.0
 
@@ -158,27 +158,29 @@ async def eventually(holds: Callable[[], Awaitable[bool]], seen: Callable[[], Aw
         await asyncio.sleep(0.05)
 
 
+# A process that has imported everything and is forked for each start: importing takes two seconds, and there are many.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.api.operator", "kubernetes_asyncio.config"])
+
+
 class Controller:
     """The controller process and the world its fake Nix lives in."""
 
     def __init__(self, server: Server, directory: Path) -> None:
         self._kubeconfig = server.kubeconfig("controller", rbac.token(server, rbac.CONTROLLER))
         self._directory = directory
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ForkServerProcess | None = None
         self.world = World(directory)
         self.world.prepare()
 
     def start(self, **options: Any) -> None:
         assert self._process is None
-        with (self._directory / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.api.operator", str(self._directory), json.dumps(options)],
-                cwd=REPOSITORY,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "KUBECONFIG": str(self._kubeconfig)},
-            )
+        self._process = _processes.Process(
+            target=operator.run,
+            args=(self._directory, options, str(self._kubeconfig), self._directory / "log"),
+            daemon=True,
+        )
+        self._process.start()
 
     def kill(self) -> None:
         """As a crash or the OOM killer would."""
@@ -191,15 +193,14 @@ class Controller:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Stopped in the middle of whatever it does, then going on."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
         try:
             yield
         finally:
-            self._process.send_signal(signal.SIGCONT)
+            self._signal(signal.SIGCONT)
 
     def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._process.is_alive()
 
     def log(self) -> str:
         return (self._directory / "log").read_text(errors="replace")
@@ -223,16 +224,23 @@ class Controller:
 
         await eventually(reached, seen)
 
-    def _end(self, number: signal.Signals) -> int:
+    def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
-        self._process.send_signal(number)
-        try:
-            return self._process.wait(timeout=30)
-        finally:
-            if self._process.poll() is None:
-                self._process.kill()
-                self._process.wait()
-            self._process = None
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def _end(self, number: signal.Signals) -> int:
+        process = self._process
+        assert process is not None
+        self._signal(number)
+        process.join(30)
+        self._process = None
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise AssertionError(f"the controller did not end within 30 s of {number.name}:\n{self.log()[-4000:]}")
+        assert process.exitcode is not None
+        return process.exitcode
 
 
 @pytest_asyncio.fixture

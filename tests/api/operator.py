@@ -1,6 +1,6 @@
 """The controller as a process, with the real Kubernetes side and real GC roots, and a Nix that follows a script.
 
-``python -m tests.api.operator DIRECTORY OPTIONS`` with OPTIONS as JSON.
+``python -m tests.api.operator DIRECTORY OPTIONS`` with OPTIONS as JSON; or :func:`run` in a forked process.
 """
 
 from __future__ import annotations
@@ -59,6 +59,17 @@ async def main(directory: Path, options: dict[str, Any]) -> None:
     world.note("stopped", "controller")
 
 
-if __name__ == "__main__":
+def run(directory: Path, options: dict[str, Any], kubeconfig: str | None = None, log: Path | None = None) -> None:
+    """The whole process; its output goes to the file *log*."""
+    if log is not None:
+        with log.open("ab") as output:
+            for number in (1, 2):
+                os.dup2(output.fileno(), number)
+    if kubeconfig is not None:
+        os.environ["KUBECONFIG"] = kubeconfig
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(threadName)s %(name)s %(levelname)s %(message)s")
-    asyncio.run(main(Path(sys.argv[1]), json.loads(sys.argv[2])))
+    asyncio.run(main(directory, options))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -462,6 +462,30 @@ async def test_changes_made_while_the_controller_was_away_are_seen(expr: Express
     assert path("deleted") not in controller.roots().values()
 
 
+async def test_a_refresh_that_came_due_while_the_controller_was_away_is_made_up_for(
+    expr: Expressions, controller: Controller
+) -> None:
+    controller.start()
+    for name in ("due", "later"):
+        await expr.create(name, {"data": {"expr": f"result={name}"}, "refresh": "1h"})
+        await expr.reaches(name, "Succeeded")
+    controller.stop()
+    status = await expr.status("due")
+    condition(status, "Evaluated")["lastTransitionTime"] = "2020-01-01T00:00:00Z"
+    await expr.api.patch(expressions(expr.namespace, "due", status=True), {"status": status}, kind=MERGE_PATCH)
+    controller.start()
+    await controller.noted("evaluate", "due", 2)
+    status = await expr.shows(
+        "due",
+        lambda status: (
+            status["phase"] == "Succeeded" and "2020" not in condition(status, "Evaluated")["lastTransitionTime"]
+        ),
+    )
+    assert status["observedGeneration"] == 1
+    assert controller.world.noted("evaluate", "due") == 2
+    assert controller.world.noted("evaluate", "later") == 1
+
+
 async def test_kills_at_random_moments_converge(expr: Expressions, controller: Controller) -> None:
     moments = random.Random(3)
     names = [f"e{number}" for number in range(4)]

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from cknix_csi.api.errors import CknixError, MountFailed
+from cknix_csi.api.errors import CknixError, MountFailed, OutOfSpace
 from cknix_csi.volumes.closures import Closures
+from cknix_csi.volumes.failures import TargetUnusable
 from cknix_csi.volumes.mountinfo import MountTable, MountTableUnreadable
 from cknix_csi.volumes.mounts import KernelMounts, Mounts
 from cknix_csi.volumes.trash import delete_tree
@@ -153,6 +154,27 @@ async def test_a_directory_that_was_there_before_survives_a_failed_publish(node:
     assert await node.left() == ["target a"]
 
 
+async def test_a_bad_target_is_refused_before_anything_is_held_or_built(node: Node) -> None:
+    (node.pods / "a").write_text("a file")
+    with pytest.raises(TargetUnusable):
+        await node.publish(node.small)
+    calls = (await stepped(node, lambda _number, _name: None)).calls
+    with pytest.raises(TargetUnusable):
+        await node.publish(node.small)
+    assert calls == ["mounted"]
+
+
+async def test_what_appears_at_the_target_while_the_view_is_built_is_not_mounted_over(node: Node) -> None:
+    def plant(_: int, name: str) -> None:
+        if name == "query":
+            (node.pods / "a/precious").mkdir(parents=True)
+
+    await stepped(node, plant)
+    with pytest.raises(TargetUnusable, match="'precious'"):
+        await node.publish(node.small)
+    assert await node.left() == ["target a"]
+
+
 async def test_what_cannot_be_undone_is_answered_so_that_kubelet_comes_back(node: Node) -> None:
     await stepped(node, failing_in("clone", "release"))
     with pytest.raises(CknixError, match="clone fails; then undoing it failed: release fails") as error:
@@ -243,6 +265,58 @@ async def test_reconcile_takes_a_gc_root_again_that_somebody_removed_under_a_pod
     report = await node.volumes.reconcile()
     assert report.roots_taken == [node.small.basename]
     assert node.store.roots() == {node.small.basename}
+
+
+async def test_the_longest_data_root_and_volume_id_hide_no_volume_from_reconcile(scratch: Path) -> None:
+    deep = scratch / ("d" * (128 - len(f"{scratch}//data")))
+    deep.mkdir()
+    node = Node(deep)
+    node.fill()
+    assert len(str(node.data)) == 128
+    for name in ("v" * 76, "v" * 77, "v" * 120, "v" * 200):
+        target = await node.publish(node.small, name, writable=True)
+        (target / "store/mark").touch()
+    await node.restart()
+    report = await node.volumes.reconcile()
+    assert report.volumes_removed == []
+    for name in ("v" * 76, "v" * 77, "v" * 120, "v" * 200):
+        assert (node.pods / name / "store/mark").exists()
+        await node.unpublish(name)
+    assert await node.left() == []
+
+
+@both
+async def test_a_full_disk_is_named_and_what_was_begun_on_it_is_undone(node: Node, writable: bool) -> None:
+    await node.volumes.close()
+    run("mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=400", "small-disk", node.data)
+    resident = await node.publish(node.shapes, "resident")
+    fillers = node.data / "fillers"
+    fillers.mkdir()
+    for left in range(60):  # inodes; each step of a publish is one day the one that does not find any
+        await node.restart()  # the trash is empty
+        for number in range(os.statvfs(node.data).f_ffree - left):
+            (fillers / str(number)).touch()
+        try:
+            await node.publish(node.small, writable=writable)
+        except OutOfSpace as error:
+            assert "No space left on device" in str(error)
+            assert "free space or inodes" in str(error)
+            assert os.listdir(node.pods) == ["resident"]
+            assert node.store.roots() == {node.shapes.basename}
+        else:
+            break
+        finally:
+            for filler in fillers.iterdir():
+                filler.unlink()
+    assert left > 10
+    for target, root in ((node.pods / "a", node.small), (resident, node.shapes)):
+        require_shows(target, node.store, [info.path for info in (await node.store.query(root)).paths])
+    await node.unpublish()
+    await node.unpublish("resident")
+    fillers.rmdir()
+    await node.volumes.close()
+    run("umount", node.data)
+    assert await node.left() == []
 
 
 async def test_reconcile_leaves_alone_what_it_does_not_know(node: Node) -> None:

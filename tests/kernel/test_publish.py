@@ -260,7 +260,8 @@ async def test_the_same_publish_many_times_at_once_makes_one_mount(node: Node) -
 
 
 async def test_two_volumes_that_want_one_target_at_once_get_one_winner(node: Node) -> None:
-    requests = [PublishRequest(f"v{number}", node.pods / "a", node.small, writable=True) for number in range(4)]
+    roots = [node.small, node.shapes] * 2
+    requests = [PublishRequest(f"v{at}", node.pods / "a", root, writable=True) for at, root in enumerate(roots)]
     results = await asyncio.gather(*map(node.volumes.publish, requests), return_exceptions=True)
     assert [type(result) for result in results if result is not None] == [Conflict] * 3
     assert len(mount_ids(node.pods / "a")) == 1

@@ -1,51 +1,27 @@
-"""A TCP relay that breaks or falls silent in the middle, as networks and machines do."""
+"""A TCP relay whose connections break in the middle, as they do when a machine or a network goes down."""
 
 from __future__ import annotations
 
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import contextmanager, suppress
 
 _BLOCK = 65536
 
 
 @contextmanager
-def relay(port: int, *, after: int, then: Literal["cut", "stall"]) -> Iterator[str]:
-    """The URL of a relay to 127.0.0.1:*port*; a connection that got *after* bytes is closed, or stays open in silence."""
-    done = threading.Event()
+def relay(port: int, *, after: int) -> Iterator[str]:
+    """The URL of a relay to 127.0.0.1:*port* that closes each connection once *after* bytes came back through it."""
     threads: list[threading.Thread] = []
-
-    def upstream(near: socket.socket, far: socket.socket) -> None:
-        try:
-            while block := near.recv(_BLOCK):
-                far.sendall(block)
-            far.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return
-
-    def downstream(near: socket.socket) -> None:
-        with near, socket.create_connection(("127.0.0.1", port)) as far:
-            sender = threading.Thread(target=upstream, args=(near, far))
-            sender.start()
-            left = after
-            while left and (block := far.recv(min(left, _BLOCK))):
-                near.sendall(block)
-                left -= len(block)
-            if then == "stall" and not left:
-                done.wait()
-            for end in (near, far):
-                end.shutdown(socket.SHUT_RDWR)
-            sender.join()
 
     def accept() -> None:
         while True:
             try:
                 near, _ = listener.accept()
             except OSError:
-                return
-            thread = threading.Thread(target=_quietly, args=(downstream, near))
+                return  # the block has ended
+            thread = threading.Thread(target=_serve, args=(near, port, after))
             threads.append(thread)
             thread.start()
 
@@ -55,17 +31,26 @@ def relay(port: int, *, after: int, then: Literal["cut", "stall"]) -> Iterator[s
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            done.set()
             listener.shutdown(socket.SHUT_RDWR)
-            acceptor.join()
-            for thread in threads:
+            for thread in (acceptor, *threads):
                 thread.join()
 
 
-def _quietly(function: object, near: socket.socket) -> None:
-    """Either side may go away first."""
-    assert callable(function)
-    try:
-        function(near)
-    except OSError:
-        near.close()
+def _serve(near: socket.socket, port: int, after: int) -> None:
+    with near, socket.create_connection(("127.0.0.1", port)) as far:
+        requests = threading.Thread(target=_pass_on, args=(near, far, None))
+        requests.start()
+        _pass_on(far, near, after)
+        requests.join()
+
+
+def _pass_on(source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+    """Until either side ends or *limit* is reached; then both ends are shut, which wakes the other direction."""
+    with suppress(OSError):
+        while (limit is None or limit > 0) and (block := source.recv(_BLOCK)):
+            sink.sendall(block)
+            if limit is not None:
+                limit -= len(block)
+    for end in (source, sink):
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)

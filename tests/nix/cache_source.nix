@@ -1,4 +1,4 @@
-# What the cache's tests fetch: input-addressed paths (which need a signature), with references, and every shape of object.
+# What the cache's tests fetch: input-addressed paths (only those need a signature) with references, in every shape.
 let
   build =
     name: script:

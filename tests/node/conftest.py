@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,17 @@ from grpclib.client import Channel
 
 from cknix_csi.csi.closures import ClosureService
 from cknix_csi.csi.daemon import NodeDependencies, run_node
+from cknix_csi.nix.cache.signing import generate_key
 from cknix_csi.proto.csi_grpc import IdentityStub, NodeStub
 from cknix_csi.proto.csi_pb2 import NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability
+from tests import nixes
+from tests.api import rbac
+from tests.api.server import Server
+from tests.nix.cache_process import cache_process
+from tests.nixes import remove
 from tests.node.fakes import HELLO, SYSTEM, FakeExpressions, FakeFetcher, FakeVolumes
+from tests.node.hatchery import Hatchery
+from tests.node.whole import Cluster, Source, WholeNode
 
 LIMIT = 10.0
 """Seconds after which a state that was waited for counts as not reached."""
@@ -122,3 +131,101 @@ def scratch() -> Iterator[Path]:
 @pytest.fixture
 async def node(scratch: Path) -> NodeUnderTest:
     return NodeUnderTest(scratch)
+
+
+@pytest.fixture(scope="session")
+def whole_scratch() -> Iterator[Path]:
+    """A directory on a disk's file system (an overlay cannot be the upper layer of another), with a short path."""
+    if os.geteuid() != 0:
+        pytest.skip("the whole node daemon mounts file systems: run as root")
+    directory = Path(tempfile.mkdtemp(prefix="cknix-node-", dir="/var/tmp")).resolve()
+    yield directory
+    remove(directory)
+
+
+@pytest.fixture(scope="session")
+def source(whole_scratch: Path) -> Source:
+    """What the cluster's cache serves."""
+    return Source.build(nixes.nix("trixie"), whole_scratch / "source")
+
+
+@pytest.fixture(scope="session")
+def surroundings(whole_scratch: Path, source: Source) -> Iterator[Cluster]:
+    """A real API server with the rights of yaml/, and the cache."""
+    key = generate_key("cknix-cache-1")
+    directory = whole_scratch / "api"
+    directory.mkdir()
+    server = Server(directory)
+    try:
+        server.start()
+        rbac.install(server)
+        with cache_process(source.env.root, key) as served:
+            cluster = Cluster(server, served.port, key)
+            yield cluster
+            cluster.close()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+async def cluster(surroundings: Cluster) -> AsyncIterator[Cluster]:
+    """Everything outside of the node, in order."""
+    await surroundings.use_cache()
+    yield surroundings
+    surroundings.reopen()
+
+
+@pytest.fixture(scope="session")
+def hatchery() -> Iterator[Hatchery]:
+    hatchery = Hatchery()
+    yield hatchery
+    hatchery.close()
+
+
+NewNode = Callable[[str], AbstractContextManager[WholeNode]]
+
+
+@pytest.fixture(scope="session")
+def new_node(whole_scratch: Path, surroundings: Cluster, hatchery: Hatchery) -> NewNode:
+    """Makes nodes, each with the Nix of a Debian suite, and takes them away whatever has become of them."""
+
+    @contextmanager
+    def make(suite: str) -> Iterator[WholeNode]:
+        directory = Path(tempfile.mkdtemp(prefix="n", dir=whole_scratch))
+        node = WholeNode(directory, nixes.nix(suite), surroundings.kubeconfig(), hatchery)
+        try:
+            yield node
+        finally:
+            print(node.log())  # shown when a test fails
+            node.destroy()
+
+    return make
+
+
+@pytest.fixture
+def fresh(new_node: NewNode, cluster: Cluster) -> Iterator[WholeNode]:
+    """A node that is new; its daemon is started by the test."""
+    with new_node("trixie") as node:
+        yield node
+
+
+@pytest.fixture(scope="module")
+def lasting(new_node: NewNode) -> Iterator[WholeNode]:
+    with new_node("trixie") as node:
+        yield node
+
+
+@pytest.fixture
+async def whole(lasting: WholeNode, cluster: Cluster) -> AsyncIterator[WholeNode]:
+    """A node with a running daemon and an empty store; several tests share it, so each must leave it as it was."""
+    if lasting.daemon is None or lasting.daemon.poll() is not None:
+        lasting.daemon = None
+        await lasting.start()
+    yield lasting
+    try:
+        await lasting.left_nothing()
+        lasting.collect_garbage()
+        assert lasting.registered_paths() == set()
+    except BaseException:
+        lasting.reset()
+        raise

@@ -1,7 +1,7 @@
 """Reading Nix's internal-json log.
 
-Real logs are read by tests/nix/test_build.py, with every supported Nix.  Here is what no real run is sure to give: lines
-that are cut, malformed, hostile or interleaved.
+Real logs are read by tests/nix/test_build.py, with every supported Nix.  Here is what no real run is sure to give:
+lines that are cut, malformed, hostile or interleaved.
 """
 
 import json

@@ -76,7 +76,7 @@ async def test_a_signal_is_a_negative_code() -> None:
 
 async def test_a_child_gets_no_input_and_only_the_given_environment() -> None:
     done = await process.run(
-        ["sh", "-c", "cat; env"], env={**ENV, "ONLY": "this"}, deadline=30, on_line=ignore, cwd="/proc"
+        ["sh", "-c", "cat; env"], env={**ENV, "ONLY": "this"}, deadline=30, on_line=ignore, cwd=Path("/proc")
     )
     names = {line.partition(b"=")[0] for line in done.stdout.splitlines()}
     assert b"ONLY" in names

@@ -1,0 +1,59 @@
+"""Why a fetch failed, read from Nix's words: its exit code does not tell, and the reason is often only a warning.
+
+What Nix 2.8, 2.26 and 2.34 say alike:
+
+* a path whose signature or content is wrong: ``…signed by any of the keys in 'trusted-public-keys'`` as a warning that
+  drops the cache for this path, or ``hash mismatch importing path``;
+* a cache that cannot be reached: ``unable to download '<url>'``, as a warning that drops the cache for this command
+  (after which the path looks as if nobody had it), or as the error itself;
+* a narinfo that was remembered while the NAR is gone: ``does not exist in binary cache``;
+* a path that nobody has: ``don't know how to build these paths``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cknix_csi.api.errors import CacheUnavailable, CknixError, NotFound, PathUntrusted
+from cknix_csi.api.storepath import StorePath
+
+_UNTRUSTED = (
+    "signed by any of the keys in 'trusted-public-keys'",
+    "hash mismatch importing path",
+    "lacks a valid signature",
+    "lacks a signature by a trusted key",
+)
+_UNREACHABLE = ("unable to download", "does not exist in binary cache")
+_RETRYING = "; retrying in"
+
+
+def fetch_error(path: StorePath, urls: Sequence[str], errors: Sequence[str], warnings: Sequence[str]) -> CknixError:
+    """The error for a failed fetch of *path* from *urls*, whose command said *errors* and *warnings*."""
+    said = [message for message in (*warnings, *errors) if _RETRYING not in message]
+    asked = ", ".join(urls) or "no cache of this cluster is known yet, and the substituters of nix.conf"
+    for words in _UNTRUSTED:
+        if found := _with(said, words):
+            return PathUntrusted(
+                f"{path} was refused: {found}. The cache's key and content must be those of this cluster: compare the "
+                "ConfigMap and the Secret of the cache, or repair the store it serves"
+            )
+    for words in _UNREACHABLE:
+        if found := _with(said, words):
+            return CacheUnavailable(f"{path} is not on this node and {asked} could not deliver it: {found}")
+    if not urls:
+        return CacheUnavailable(f"{path} is not on this node and {asked} do not have it")
+    return NotFound(
+        f"{path} is not on this node, and {asked} does not have it; build it there, or correct the store path",
+        reason="PathNotFound",
+    )
+
+
+def _with(messages: Sequence[str], words: str) -> str:
+    """The first of *messages* that holds *words*, without its prefix, on one line."""
+    for message in messages:
+        if words in message:
+            text = " ".join(message.split())
+            for prefix in ("warning: ", "error: "):
+                text = text.removeprefix(prefix)
+            return text.rstrip(".")
+    return ""

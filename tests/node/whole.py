@@ -1,0 +1,492 @@
+"""A whole node: the real daemon in a mount namespace that outlives it, with a real Nix, cache and API server beside it.
+
+Only kubelet is played here: :class:`WholeNode` makes the directories that kubelet makes, answers the registration
+socket and calls the CSI socket.  What a test sees of mounts, stores and processes comes from findmnt, Nix and /proc.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpclib.client import Channel
+from grpclib.exceptions import GRPCError
+
+from cknix_csi.api.expression import API_VERSION, KIND
+from cknix_csi.kube.api import CONFLICT, MERGE_PATCH, ApiError, core, expressions
+from cknix_csi.nix.cache.signing import KeyPair
+from cknix_csi.proto.csi_grpc import NodeStub
+from cknix_csi.proto.csi_pb2 import (
+    NodeGetInfoRequest,
+    NodePublishVolumeRequest,
+    NodeUnpublishVolumeRequest,
+    VolumeCapability,
+)
+from cknix_csi.proto.pluginregistration_grpc import RegistrationStub
+from cknix_csi.proto.pluginregistration_pb2 import InfoRequest, RegistrationStatus
+from tests.api import rbac
+from tests.api.conftest import connected
+from tests.api.server import DRIVER_NAMESPACE, Server
+from tests.nixes import NixEnv, NixVersion, demo_search_path, remove
+from tests.node.hatchery import Hatched, Hatchery
+from tests.node.relay import Relay
+
+REPOSITORY = Path(__file__).parents[2]
+LIMIT = 30.0
+"""Seconds after which a state that was waited for counts as not reached."""
+POD_NAMESPACE = "default"
+
+Mode = VolumeCapability.AccessMode
+
+_RESULTS = {
+    "hello": "hello",
+    "other": 'greet "another generation"',
+    "toolbox": "toolbox",
+    "shapes": "shapes",
+    "file": "file",
+    "link": "link",
+    "chain": "chainFast 60",
+    "wide": "wideFast 40",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The store behind the cache, filled by real Nix; *results* are store paths by name."""
+
+    env: NixEnv
+    results: dict[str, str]
+
+    @classmethod
+    def build(cls, nix: NixVersion, directory: Path) -> Source:
+        env = NixEnv(nix, directory)
+        packages = " ".join(f"({text})" for text in _RESULTS.values())
+        arguments = ["--no-out-link", *demo_search_path(REPOSITORY / "nix/demo")]
+        built = env.lines("nix-build", *arguments, "-E", f"with import <cknix-demo> {{ }}; [ {packages} ]")
+        return cls(env, dict(zip(_RESULTS, built, strict=True)))
+
+    def __getattr__(self, name: str) -> str:
+        try:
+            return self.results[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def closure(self, path: str) -> set[str]:
+        return set(self.env.lines("nix-store", "--query", "--requisites", path))
+
+    @contextmanager
+    def one_bit_flipped(self, file: str) -> Iterator[None]:
+        """One bit of *file*, a path in the store, is another one on the cache's disk."""
+        physical = self.env.physical(file)
+        original = physical.read_bytes()
+        physical.write_bytes(bytes([original[0] ^ 1]) + original[1:])
+        try:
+            yield
+        finally:
+            physical.write_bytes(original)
+
+
+class Cluster:
+    """What nodes find elsewhere: an API server and a signed cache, both behind relays, and what the controller writes."""
+
+    def __init__(self, server: Server, cache_port: int, key: KeyPair) -> None:
+        self.server = server
+        self.key = key
+        self.api = Relay(int(server.url.rpartition(":")[2]))
+        self.cache = Relay(cache_port)
+        self.reopen()
+
+    @property
+    def cache_url(self) -> str:
+        return f"http://127.0.0.1:{self.cache.port}"
+
+    def reopen(self) -> None:
+        """Both relays pass everything on."""
+        for relay in (self.api, self.cache):
+            relay.pace = 0
+            relay.open()
+
+    def close(self) -> None:
+        for relay in (self.api, self.cache):
+            relay.close()
+
+    def kubeconfig(self) -> dict[str, Any]:
+        """That of the node daemon's ServiceAccount, through the relay."""
+        file = self.server.kubeconfig("node", rbac.token(self.server, rbac.NODE))
+        config: dict[str, Any] = json.loads(file.read_text())
+        config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{self.api.port}"
+        return config
+
+    async def use_cache(self, *, url: str = "", public_key: str = "") -> None:
+        """Write the ConfigMap ``cknix-cache``: by default what is true."""
+        data = {"url": url or self.cache_url, "publicKey": public_key or self.key.public}
+        async with connected(self.server.kubeconfig("admin")) as api:
+            try:
+                body = {"metadata": {"name": "cknix-cache"}, "data": data}
+                await api.create(core("configmaps", DRIVER_NAMESPACE), body)
+            except ApiError as error:
+                if error.status != CONFLICT:
+                    raise
+                await api.patch(core("configmaps", DRIVER_NAMESPACE, "cknix-cache"), {"data": data}, kind=MERGE_PATCH)
+
+    async def apply(self, name: str) -> None:
+        """What a user does: create the Expression, or change its spec to a newer generation."""
+        async with connected(self.server.kubeconfig("admin")) as api:
+            expr = f"# {time.monotonic_ns()}\n1"
+            body = {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "metadata": {"name": name, "namespace": POD_NAMESPACE},
+                "spec": {"data": {"expr": expr}},
+            }
+            try:
+                await api.create(expressions(POD_NAMESPACE), body)
+            except ApiError as error:
+                if error.status != CONFLICT:
+                    raise
+                spec = {"spec": body["spec"]}
+                await api.patch(expressions(POD_NAMESPACE, name), spec, kind=MERGE_PATCH)
+
+    async def report(self, name: str, phase: str, *, message: str = "", **results: str) -> None:
+        """What the controller does: write the status of the newest generation; *results* by system, ``_`` for ``-``."""
+        async with connected(self.server.kubeconfig("admin")) as api:
+            body = await api.get(expressions(POD_NAMESPACE, name))
+            listed = [{"system": system.replace("_linux", "-linux"), "path": path} for system, path in results.items()]
+            status = {
+                "phase": phase,
+                "message": message,
+                "observedGeneration": body["metadata"]["generation"],
+                **({"results": listed, "result": listed[0]["path"]} if listed else {}),
+            }
+            await api.patch(expressions(POD_NAMESPACE, name, status=True), {"status": status}, kind=MERGE_PATCH)
+
+
+class Namespace:
+    """A mount namespace that lives until :meth:`close`, whatever becomes of the processes in it."""
+
+    def __init__(self) -> None:
+        self._holder = subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo ready; exec cat"],
+            stdin=subprocess.PIPE,  # closed with this process, however it ends
+            stdout=subprocess.PIPE,
+        )
+        assert self._holder.stdout is not None
+        assert self._holder.stdout.readline() == b"ready\n", "no private mount namespace: CAP_SYS_ADMIN is needed"
+
+    @property
+    def path(self) -> Path:
+        return Path(f"/proc/{self._holder.pid}/ns/mnt")
+
+    def command(self, *argv: str | Path) -> list[str]:
+        return ["nsenter", f"--mount={self.path}", "--", *map(str, argv)]
+
+    def run(self, *argv: str | Path, check: bool = True, env: dict[str, str] | None = None) -> str:
+        done = subprocess.run(self.command(*argv), capture_output=True, text=True, check=False, env=env)
+        if check and done.returncode != 0:
+            raise AssertionError(f"{argv} ended with {done.returncode}: {done.stderr}{done.stdout}")
+        return done.stdout
+
+    def see(self, path: Path) -> Path:
+        """*path* as the namespace has it, for this process to look at."""
+        return Path(f"/proc/{self._holder.pid}/root{path}")
+
+    def mounts(self, below: Path) -> list[str]:
+        """Mount points below *below*, in the order they were mounted."""
+        table = self.run("findmnt", "--kernel", "--list", "--noheadings", "--output", "TARGET")
+        return [target for target in table.splitlines() if target.startswith(f"{below}/")]
+
+    def mount_id(self, target: Path) -> str:
+        """Ids of what is mounted at *target*; empty when nothing is."""
+        return self.run(
+            "findmnt", "--kernel", "--noheadings", "--output", "ID", "--mountpoint", target, check=False
+        ).strip()
+
+    def close(self) -> None:
+        assert self._holder.stdin is not None
+        self._holder.stdin.close()
+        self._holder.wait()
+
+
+class WholeNode:
+    """Directories of one node below *directory*, and the daemon that works on them, while there is one."""
+
+    def __init__(self, directory: Path, nix: NixVersion, kubeconfig: dict[str, Any], hatchery: Hatchery) -> None:
+        self.directory = directory
+        self._hatchery = hatchery
+        self.nix = NixEnv(nix, directory / "nix")
+        self.namespace = Namespace()
+        self.data = directory / "data"
+        self.kubelet = directory / "kubelet"
+        self.pods = self.kubelet / "pods"
+        self.endpoint = self.kubelet / "plugins/csi.cknix.cool/csi.sock"
+        self.registration = self.kubelet / "plugins_registry/csi.cknix.cool-reg.sock"
+        for made in (self.data, self.pods, self.endpoint.parent, self.registration.parent):
+            made.mkdir(parents=True)
+        self._log = directory / "daemon.log"
+        self._nix_log = directory / "nix.log"
+        self._write_nix_wrappers(directory / "bin")
+        self._kubeconfig = directory / "kubeconfig"
+        self._kubeconfig.write_text(json.dumps(kubeconfig))
+        self._kubeconfig.chmod(0o600)
+        self.daemon: subprocess.Popen[bytes] | Hatched | None = None
+
+    def _write_nix_wrappers(self, directory: Path) -> None:
+        """Programs that leave a line in a file before they become the real ones."""
+        directory.mkdir()
+        for program in self.nix.nix.bin_dir.iterdir():
+            wrapper = directory / program.name
+            wrapper.write_text(f'#!/bin/sh\necho "{program.name} $*" >> {self._nix_log}\nexec {program} "$@"\n')
+            wrapper.chmod(0o755)
+
+    # The daemon
+
+    def environment(self, **settings: str) -> dict[str, str]:
+        """All of the daemon's environment: *settings*, and what a DaemonSet sets."""
+        return {
+            **self.nix.environ,
+            "PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}",
+            "KUBECONFIG": str(self._kubeconfig),
+            "CSI_ENDPOINT": f"unix://{self.endpoint}",
+            "KUBE_NODE_NAME": "node-1",
+            "CKNIX_DATA_ROOT": str(self.data),
+            "CKNIX_KUBELET_ROOT": str(self.kubelet),
+            "CKNIX_RPC_BUDGET": f"{LIMIT}",
+            **settings,
+        }
+
+    def spawn(self, **settings: str) -> subprocess.Popen[bytes]:
+        """The command ``cknix-csi node``."""
+        command = self.namespace.command(sys.executable, "-m", "cknix_csi.cli", "node")
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment(**settings)
+            )
+
+    async def start(self, **settings: str) -> None:
+        """Start the daemon and do what kubelet does when its registration socket appears."""
+        assert self.daemon is None
+        self.daemon = self._hatchery.start(self.namespace.path, self._log, self.environment(**settings))
+        await self.registered()
+
+    async def registered(self) -> None:
+        assert self.daemon is not None
+        running = self.daemon
+        await self.eventually("the daemon registers", lambda: running.poll() is not None or self._serves())
+        assert running.poll() is None, f"the daemon ended with {running.poll()}:\n{self.log()}"
+        async with Channel(path=str(self.registration)) as channel:
+            registration = RegistrationStub(channel)
+            info = await registration.GetInfo(InfoRequest(), timeout=LIMIT)
+            assert (info.type, info.name, info.endpoint) == ("CSIPlugin", "csi.cknix.cool", str(self.endpoint))
+            async with Channel(path=info.endpoint) as driver:
+                assert (await NodeStub(driver).NodeGetInfo(NodeGetInfoRequest(), timeout=LIMIT)).node_id == "node-1"
+            await registration.NotifyRegistrationStatus(RegistrationStatus(plugin_registered=True), timeout=LIMIT)
+
+    def _serves(self) -> bool:
+        """What a killed predecessor left refuses connections."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.registration)) == 0
+
+    def kill(self, *, with_children: bool = True) -> None:
+        """SIGKILL.  A container's end takes all of its processes along; a bare process leaves its children behind."""
+        assert self.daemon is not None
+        self.daemon.kill()
+        self.daemon.wait()
+        self.daemon = None
+        if with_children:
+            self.end_children()
+
+    def terminate(self) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self.daemon is not None
+        self.daemon.terminate()
+        try:
+            return self.daemon.wait(LIMIT)
+        finally:
+            self.daemon.kill()
+            self.daemon = None
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")[-6000:] if self._log.exists() else ""
+
+    def children(self) -> list[int]:
+        """Processes of Nix that a daemon of this node has begun: their home is in its data root."""
+        mark = f"HOME={self.data}/home\0".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):
+                if entry.name.isdigit() and mark in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+        return found
+
+    def end_children(self) -> None:
+        while children := self.children():
+            for child in children:
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            time.sleep(0.005)
+
+    def descendants_faults(self) -> int:
+        """Page faults of all children the daemon has had so far (proc_pid_stat(5), cminflt): no child, no fault."""
+        assert self.daemon is not None
+        return int(Path(f"/proc/{self.daemon.pid}/stat").read_text().rpartition(")")[2].split()[8])
+
+    def nix_calls(self) -> list[str]:
+        """Command lines of Nix that the daemon has run."""
+        return self._nix_log.read_text().splitlines() if self._nix_log.exists() else []
+
+    # What kubelet does
+
+    def target(self, volume: str = "v1") -> Path:
+        return self.pods / volume / "volumes/kubernetes.io~csi/nix/mount"
+
+    def publish_request(self, volume: str = "v1", *, writable: bool = False, **attributes: str) -> Any:
+        """What kubelet sends for an inline volume; its directory's parent exists."""
+        target = self.target(volume)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return NodePublishVolumeRequest(
+            volume_id=volume,
+            target_path=str(target),
+            readonly=not writable,
+            volume_capability=VolumeCapability(
+                mount=VolumeCapability.MountVolume(), access_mode=Mode(mode=Mode.SINGLE_NODE_WRITER)
+            ),
+            volume_context={
+                "csi.storage.k8s.io/ephemeral": "true",
+                "csi.storage.k8s.io/pod.name": f"pod-{volume}",
+                "csi.storage.k8s.io/pod.namespace": POD_NAMESPACE,
+                "csi.storage.k8s.io/pod.uid": volume,
+                **attributes,
+            },
+        )
+
+    async def call(self, request: Any) -> None:
+        """Send *request*, on a connection of its own as kubelet does.  Raises GRPCError."""
+        async with Channel(path=str(self.endpoint)) as channel:
+            stub = NodeStub(channel)
+            if isinstance(request, NodePublishVolumeRequest):
+                await stub.NodePublishVolume(request, timeout=2 * LIMIT)
+            else:
+                await stub.NodeUnpublishVolume(request, timeout=2 * LIMIT)
+
+    async def publish(self, volume: str = "v1", *, writable: bool = False, **attributes: str) -> Path:
+        """Publish, and return the volume's directory as this process can look into it."""
+        await self.call(self.publish_request(volume, writable=writable, **attributes))
+        return self.shown(volume)
+
+    async def unpublish(self, volume: str = "v1") -> None:
+        await self.call(NodeUnpublishVolumeRequest(volume_id=volume, target_path=str(self.target(volume))))
+
+    async def refused(self, volume: str = "v1", *, writable: bool = False, **attributes: str) -> tuple[str, str]:
+        """Code and message of a publish that must fail."""
+        return await self.refusal(self.publish_request(volume, writable=writable, **attributes))
+
+    async def refusal(self, request: Any) -> tuple[str, str]:
+        try:
+            await self.call(request)
+        except GRPCError as error:
+            return error.status.name, error.message or ""
+        raise AssertionError(f"was not refused:\n{request}\n{self.log()}")
+
+    # What is on the node
+
+    def shown(self, volume: str = "v1") -> Path:
+        return self.namespace.see(self.target(volume))
+
+    def mount_id(self, volume: str = "v1") -> str:
+        return self.namespace.mount_id(self.target(volume))
+
+    def run_in(self, volume: str, *argv: str) -> str:
+        """Output of a program run with the volume at /nix, as a pod has it."""
+        pod = self.directory / "pod-root"
+        (pod / "nix").mkdir(parents=True, exist_ok=True)
+        script = 'mount --rbind "$1" "$2/nix"; root=$2; shift 2; exec chroot "$root" "$@"'
+        inside = ("unshare", "--mount", "sh", "-euc", script, "sh", self.target(volume), pod, *argv)
+        return self.namespace.run(*inside, env={"PATH": f"{os.environ['PATH']}:/usr/sbin:/nix/var/result/bin"})
+
+    def admin(self, program: str, *arguments: str, check: bool = True) -> list[str]:
+        """Output of a Nix program that an administrator runs on the node's store."""
+        store = f"local?root={self.data}"
+        command = (self.nix.nix.program(program), *arguments, "--store", store)
+        return self.namespace.run(*command, env=self.nix.environ, check=check).splitlines()
+
+    def registered_paths(self) -> set[str]:
+        """Every valid path of the node's store, by Nix; none when there is no store yet."""
+        see = self.namespace.see(self.data / "nix/var/nix/db/db.sqlite")
+        return set(self.admin("nix", "path-info", "--all")) if see.exists() else set()
+
+    def collect_garbage(self) -> None:
+        self.admin("nix-store", "--gc")
+
+    def traces(self) -> list[str]:
+        """All that volumes have left on this node: mounts, directories, GC roots."""
+        data = self.namespace.see(self.data)
+        found = [f"mount {target}" for target in self.namespace.mounts(self.directory)]
+        for name in ("views", "volumes", "trash"):
+            with suppress(FileNotFoundError):
+                found += [f"{name}/{entry}" for entry in os.listdir(data / name)]
+        found += [f"target {target}" for target in self.pods.glob("*/volumes/kubernetes.io~csi/nix/*")]
+        roots = data / "nix/var/nix/gcroots/cknix"
+        found += [f"root {path.relative_to(roots)}" for path in roots.rglob("*") if path.is_symlink()]
+        return found
+
+    async def left_nothing(self) -> None:
+        """Wait until there is no trace of any volume: deletions happen in the background."""
+        await self.eventually("nothing is left", lambda: not self.traces(), lambda: "\n".join(self.traces()))
+
+    async def eventually(
+        self, what: str, holds: Callable[[], Any], seen: Callable[[], str] | None = None, limit: float = LIMIT
+    ) -> None:
+        """Wait until *holds*; when it never does, say what was *seen*, the mounts and the daemon's log."""
+        deadline = time.monotonic() + limit
+        while not holds():
+            if time.monotonic() > deadline:
+                mounts = "\n".join(self.namespace.mounts(self.directory))
+                raise AssertionError(
+                    f"not within {limit:.0f} s: {what}\n{seen() if seen else ''}\n--- mounts\n{mounts}\n{self.log()}"
+                )
+            await asyncio.sleep(0.01)
+
+    def reset(self) -> None:
+        """Begin anew, whatever a test has left."""
+        if self.daemon is not None:
+            self.kill()
+        self.namespace.close()
+        self.namespace = Namespace()
+        for directory in (self.data, self.pods):
+            remove(directory)
+            directory.mkdir()
+
+    def destroy(self) -> None:
+        """End the daemon, its mounts and its files, whatever state they are in."""
+        if self.daemon is not None:
+            self.kill()
+        self.end_children()
+        self.namespace.close()
+        remove(self.directory)
+
+
+def require_exactly(volume: Path, source: Source, path: str) -> None:
+    """*volume* shows exactly the closure of *path*, as it is where it was built, and says so in its database."""
+    closure = source.closure(path)
+    assert {f"/nix/store/{name}" for name in os.listdir(volume / "store") if name != ".links"} == closure
+    for each in closure:
+        name = each.removeprefix("/nix/store/")
+        compare = ["diff", "--recursive", "--no-dereference", source.env.physical(each), volume / "store" / name]
+        done = subprocess.run(compare, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert os.readlink(volume / "var/result") == path
+    with closing(sqlite3.connect(":memory:")) as opened:
+        opened.deserialize((volume / "var/nix/db/db.sqlite").read_bytes())
+        assert {row[0] for row in opened.execute("SELECT path FROM ValidPaths")} == closure
