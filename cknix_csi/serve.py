@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from cknix_csi import __version__
@@ -16,8 +16,10 @@ from cknix_csi.nix.closures import StoreClosures
 from cknix_csi.nix.demo import search_path
 from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.nix import Nix, NixOptions
+from cknix_csi.nix.residence import clear_out, move_in
 from cknix_csi.nix.store import Store
 from cknix_csi.settings import (
+    CONTROLLER,
     DRIVER_NAME,
     ControllerSettings,
     NixSettings,
@@ -25,6 +27,9 @@ from cknix_csi.settings import (
     controller_settings,
     node_settings,
 )
+
+# A predecessor may still be stopping its builds.
+_PATIENCE_SECONDS = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +72,8 @@ async def _controller(settings: ControllerSettings, stop: asyncio.Event) -> None
     from cknix_csi.nix.cache.server import serve_cache  # noqa: PLC0415
     from cknix_csi.nix.cache.signing import KeyPair, generate_key  # noqa: PLC0415
 
-    settings.nix.data_root.mkdir(parents=True, exist_ok=True)
+    # Held until this process ends.
+    await move_in(settings.nix.data_root, patience=_PATIENCE_SECONDS)
     nix = nix_of(settings.nix)
 
     def serve(key: KeyPair) -> Coroutine[Any, Any, None]:
@@ -84,6 +90,7 @@ async def _controller(settings: ControllerSettings, stop: asyncio.Event) -> None
             options=Options(
                 namespace=settings.namespace,
                 cache_url=settings.cache_url,
+                node=settings.node_name,
                 systems=(settings.nix.system,),
                 max_builds=settings.max_builds,
             ),
@@ -96,6 +103,7 @@ async def _node(settings: NodeSettings, stop: asyncio.Event) -> None:
     from cknix_csi.csi.daemon import NodeDependencies, run_node  # noqa: PLC0415
     from cknix_csi.kube.cacheconfig import CacheConfig  # noqa: PLC0415
     from cknix_csi.kube.client import connect  # noqa: PLC0415
+    from cknix_csi.kube.controllerplace import follow_controller  # noqa: PLC0415
     from cknix_csi.kube.expressions import ExpressionWatch  # noqa: PLC0415
     from cknix_csi.nix.fetcher import StoreFetcher  # noqa: PLC0415
     from cknix_csi.volumes.volumes import Volumes  # noqa: PLC0415
@@ -118,18 +126,27 @@ async def _node(settings: NodeSettings, stop: asyncio.Event) -> None:
                 expressions=watch,
                 budget=settings.rpc_budget,
             )
-            await _beside(watch.run(), run_node(dependencies, stop))
+
+            async def clear_out_controller(node: str) -> None:
+                if node != settings.node_name:
+                    await volumes.throw_away(lambda take: clear_out(data_root / CONTROLLER, take))
+
+            await _beside(
+                [watch.run(), follow_controller(api, settings.namespace, clear_out_controller)],
+                run_node(dependencies, stop),
+            )
     finally:
         await volumes.close()
 
 
-async def _beside(helper: Coroutine[Any, Any, None], work: Coroutine[Any, Any, None]) -> None:
-    """Run *work* to its end, and *helper* as long; what either raises is raised, alone and not in a group."""
+async def _beside(helpers: Sequence[Coroutine[Any, Any, None]], work: Coroutine[Any, Any, None]) -> None:
+    """Run *work* to its end, and *helpers* as long; what any of them raises is raised, alone and not in a group."""
     try:
         async with asyncio.TaskGroup() as tasks:
-            helping = tasks.create_task(helper)
+            helping = [tasks.create_task(helper) for helper in helpers]
             await tasks.create_task(work)
-            helping.cancel()
+            for task in helping:
+                task.cancel()
     except* CknixError as group:
         raise group.exceptions[0] from None
 

@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 DRIVER_NAME = "csi.cknix.cool"
 DATA_ROOT = Path("/var/lib/cknix")
+CONTROLLER = "controller"
+"""Below a node's data root: the controller's, while it runs on that node."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _KUBELET_SECONDS = 120
@@ -60,6 +62,7 @@ class NodeSettings:
 class ControllerSettings:
     nix: NixSettings
     namespace: str
+    node_name: str
     cache_url: str
     cache_host: str
     cache_port: int
@@ -89,8 +92,9 @@ def controller_settings(environment: Mapping[str, str]) -> ControllerSettings:
     namespace = read("CKNIX_NAMESPACE", _namespace, "cknix-system")
     host, port = read("CKNIX_CACHE_LISTEN", _listen, ("0.0.0.0", 8080))  # noqa: S104 - a pod's own network namespace
     settings = ControllerSettings(
-        nix=_nix(read, DATA_ROOT / "controller"),
+        nix=_nix(read, DATA_ROOT / CONTROLLER),
         namespace=namespace,
+        node_name=read("KUBE_NODE_NAME", _text, platform.node()),
         cache_url=read("CKNIX_CACHE_URL", _url, f"http://cknix-cache.{namespace}.svc"),
         cache_host=host,
         cache_port=port,

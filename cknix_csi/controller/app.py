@@ -66,7 +66,7 @@ async def _work(dependencies: Dependencies, instance: str) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(dependencies.serve_cache(key), name="cache")
             tasks.create_task(
-                publish_config(api, options.namespace, options.cache_url, key.public), name="cache config"
+                publish_config(api, options.namespace, options.cache_url, key.public, options.node), name="cache config"
             )
             tasks.create_task(events.run(), name="events")
             tasks.create_task(supervisor.run(), name="supervisor")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from cknix_csi.api.errors import CknixError, Code
-from cknix_csi.kube import cacheconfig
+from cknix_csi.kube import cacheconfig, controllerplace
 from cknix_csi.kube.api import APPLY_PATCH, CONFLICT, NOT_FOUND, Api, ApiError, Json, core
 from cknix_csi.kube.backoff import Backoff
 from cknix_csi.nix.cache.signing import KeyPair
@@ -66,14 +66,14 @@ async def _read_or_make(api: Api, namespace: str, generate: Callable[[str], KeyP
     return made
 
 
-async def publish_config(api: Api, namespace: str, url: str, public_key: str) -> NoReturn:
-    """Keep the ConfigMap that nodes read as it must be, for ever."""
+async def publish_config(api: Api, namespace: str, url: str, public_key: str, node: str) -> NoReturn:
+    """Keep the ConfigMap that nodes read as it must be, for ever; *node* is where this controller runs."""
     backoff = Backoff(first=0.5, cap=REAPPLY_SECONDS)
     body: Json = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": cacheconfig.NAME, "namespace": namespace, "labels": LABELS},
-        "data": {cacheconfig.URL: url, cacheconfig.PUBLIC_KEY: public_key},
+        "data": {cacheconfig.URL: url, cacheconfig.PUBLIC_KEY: public_key, controllerplace.NODE: node},
     }
     while True:
         try:

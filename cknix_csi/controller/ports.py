@@ -55,6 +55,8 @@ class Options:
     """Where the driver is installed: its Secret and ConfigMap live there."""
     cache_url: str
     """What nodes are told to fetch from."""
+    node: str
+    """Name of the node this controller runs on."""
     systems: tuple[str, ...]
     """Systems this controller can build for; the first is its own."""
     max_builds: int

@@ -6,7 +6,6 @@ not changed between Nix 2.8 and 2.34; any other version is refused rather than g
 
 from __future__ import annotations
 
-import os
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from cknix_csi.api.closure import Closure, PathInfo
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError, Code, OutOfSpace
 from cknix_csi.api.storepath import HASH_LENGTH, STORE_DIR, StorePath
 from cknix_csi.nix.store import Store
 
@@ -132,13 +131,22 @@ def path_info(store: Store, hash_part: str) -> PathInfo | None:
 
 
 def write_database(closure: Closure, directory: Path) -> None:
-    """Write a database of exactly *closure* as ``<directory>/db.sqlite`` with its ``schema`` file, fsynced.
+    """Write a database of exactly *closure* as ``<directory>/db.sqlite`` with its ``schema`` file; nothing is synced.
 
     The same closure gives the same bytes: rows are in the order of their paths and registration times are fixed.  It
-    is in rollback-journal mode, which a client can read on a read-only file system.
+    is in rollback-journal mode, which a client can read on a read-only file system.  Raises :class:`OutOfSpace`, OSError.
     """
     target = directory / "db.sqlite"
     target.unlink(missing_ok=True)
+    try:
+        _write_rows(closure, target)
+    except sqlite3.Error as error:
+        # In a fresh file nothing else can go wrong: SQLite says "disk I/O error" for some kinds of a full disk.
+        raise OutOfSpace(f"the database of {closure.root} cannot be written to {directory}: {error}") from error
+    (directory / "schema").write_text(SCHEMA_VERSION)
+
+
+def _write_rows(closure: Closure, target: Path) -> None:
     ids = {info.path: number for number, info in enumerate(closure.paths, start=1)}
     with closing(sqlite3.connect(target, isolation_level=None)) as database:
         database.execute("PRAGMA journal_mode = OFF")
@@ -167,10 +175,6 @@ def write_database(closure: Closure, directory: Path) -> None:
             ((ids[info.path], ids[reference]) for info in closure.paths for reference in info.references),
         )
         database.execute("COMMIT")
-    schema = directory / "schema"
-    schema.write_text(SCHEMA_VERSION)
-    for file in (target, schema):
-        _fsync(file)
 
 
 def _path_infos(database: sqlite3.Connection, rows: Sequence[tuple[object, ...]]) -> Iterator[PathInfo]:
@@ -213,11 +217,3 @@ def _reading(store: Store) -> Iterator[sqlite3.Connection | None]:
             yield database
     except sqlite3.Error as error:
         raise DatabaseUnreadable(f"the Nix database {store.database} cannot be read: {error}") from error
-
-
-def _fsync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

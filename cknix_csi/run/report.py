@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 
@@ -23,7 +24,7 @@ class Reporter:
         """A line that stays."""
         if self._quiet:
             return
-        self._clear()
+        self.clear()
         print(f"cknix: {text}", file=sys.stderr, flush=True)
 
     def progress(self, progress: Progress) -> None:
@@ -32,14 +33,17 @@ class Reporter:
         if self._quiet or not progress.building or (not self._terminal and now - self._shown < _EVERY_SECONDS):
             return
         self._shown = now
+        line = f"cknix: building {progress}"
         if self._terminal:
-            self._clear()
-            print(f"cknix: building {progress}"[:120], end="", file=sys.stderr, flush=True)
+            self.clear()
+            # What does not fit would go to a second line, which is not cleared.
+            print(line[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
             self._open = True
         else:
-            print(f"cknix: building {progress}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Take away the line that is rewritten; whoever else writes to stderr calls it before."""
         if self._open:
-            print("\r\x1b[K", end="", file=sys.stderr)
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self._open = False

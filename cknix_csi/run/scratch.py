@@ -24,51 +24,61 @@ _DIRECTORY = "runs"
 class Scratch:
     directory: Path
     lock: int
-    """A descriptor that the command inherits: the directory stays locked until it is closed everywhere."""
+    """A descriptor of the directory that the command inherits: it stays locked until that is closed everywhere."""
 
     @property
     def owner(self) -> str:
         """The directory of this run's GC roots."""
         return f"{_DIRECTORY}/{self.directory.name}"
 
+    @property
+    def short(self) -> Path:
+        """A path to the directory for this process alone, short enough for a socket in it (107 bytes: unix(7))."""
+        return Path(f"/proc/self/fd/{self.lock}")
+
 
 @contextmanager
 def scratch(store: Store, data_root: Path) -> Iterator[Scratch]:
-    """A locked directory, removed at the end with the run's GC roots; first removes those of dead runs."""
+    """A locked directory, removed at the end with the run's GC roots; first removes those of dead runs.
+
+    Raises OSError.
+    """
     runs = data_root / _DIRECTORY
     runs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for leftover in runs.iterdir():
-        lock = _try_lock(leftover)
-        if lock is not None:
-            _remove(store, leftover)
-            os.close(lock)
-    directory = runs / uuid.uuid4().hex[:12]
-    # Locked before it has its name, so that no other run takes it for a leftover.
-    beside = runs / f".{directory.name}"
-    beside.mkdir(mode=0o700)
-    lock = os.open(beside, os.O_RDONLY | os.O_DIRECTORY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    beside.rename(directory)
+    # Held while directories are made and looked at, so that no other run takes a new one for a leftover.
+    looking = _lock(runs, fcntl.LOCK_EX)
     try:
+        leftovers = {path: lock for path in runs.iterdir() if (lock := _try_lock(path)) is not None}
+        directory = runs / uuid.uuid4().hex[:12]
+        directory.mkdir(mode=0o700)
+        lock = _lock(directory, fcntl.LOCK_EX)
+    finally:
+        os.close(looking)
+    try:
+        for leftover, its_lock in leftovers.items():
+            _remove(store, leftover)
+            os.close(its_lock)
         yield Scratch(directory, lock)
     finally:
         _remove(store, directory)
         os.close(lock)
 
 
+def _lock(directory: Path, how: int) -> int:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, how)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def _try_lock(directory: Path) -> int | None:
-    if directory.name.startswith("."):
-        return None
     try:
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
+        return _lock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):
         return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
 
 
 def _remove(store: Store, directory: Path) -> None:

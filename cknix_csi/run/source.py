@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cknix_csi.api.errors import Invalid, Problem
-from cknix_csi.api.expression import KIND, Data, Spec, parse_manifest
+from cknix_csi.api.expression import KIND, Spec, parse_manifest
 
 
 def from_file(file: Path) -> tuple[str, Spec]:
@@ -17,11 +17,13 @@ def from_file(file: Path) -> tuple[str, Spec]:
     import yaml  # noqa: PLC0415 - only needed here
 
     try:
-        documents = [document for document in yaml.safe_load_all(file.read_text()) if document is not None]
-    except (OSError, UnicodeDecodeError) as error:
-        raise Invalid([Problem(str(file), f"cannot be read: {error}")]) from None
+        documents = list(yaml.safe_load_all(file.read_text("utf-8")))
+    except OSError as error:
+        raise Invalid([Problem(str(file), f"cannot be read: {error.strerror}")]) from None
+    except UnicodeDecodeError as error:
+        raise Invalid([Problem(str(file), f"cannot be read: byte {error.start + 1} is not UTF-8")]) from None
     except yaml.YAMLError as error:
-        raise Invalid([Problem(str(file), f"is not YAML: {error}")]) from None
+        raise Invalid([Problem(str(file), f"is not YAML: {_explained(error)}")]) from None
     expressions = [document for document in documents if isinstance(document, dict) and document.get("kind") == KIND]
     if len(expressions) != 1:
         found = "none" if not expressions else f"{len(expressions)}: {', '.join(map(_name, expressions))}"
@@ -34,11 +36,14 @@ def from_text(kind: str, text: str) -> Spec:
     return Spec.parse({"data": {kind: text}})
 
 
-def describe(data: Data) -> str:
-    """A short name for messages."""
-    return data.text if data.kind != "expr" else "the expression"
-
-
 def _name(document: dict[str, Any]) -> str:
     metadata = document.get("metadata")
     return str(metadata.get("name", "unnamed")) if isinstance(metadata, dict) else "unnamed"
+
+
+def _explained(error: Exception) -> str:
+    """A YAML error on one line, with its place."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or not problem:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"

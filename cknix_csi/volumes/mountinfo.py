@@ -75,12 +75,6 @@ class MountTable:
         found = [mount for mount in self._lines_with(b" " + escape(target) + b" ") if mount.target == target]
         return found if len(found) < 2 else _bottom_first(found)
 
-    def below(self, directory: str) -> list[Mount]:
-        """The mounts on *directory* or anywhere under it, in the kernel's order."""
-        prefix = directory.rstrip("/") + "/"
-        needle = b" " + escape(prefix.rstrip("/"))
-        return [mount for mount in self._lines_with(needle) if f"{mount.target}/".startswith(prefix)]
-
     def sourced(self, source: str) -> Iterator[Mount]:
         """The mounts whose source is exactly *source*, in the kernel's order; each is parsed when it is asked for."""
         return (mount for mount in self._lines_with(b" " + escape(source) + b" ") if mount.source == source)

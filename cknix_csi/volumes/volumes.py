@@ -16,7 +16,7 @@ import asyncio
 import fcntl
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,6 +192,15 @@ class Volumes:
         for problem in report.problems:
             log.warning("reconcile: %s", problem)
         return report
+
+    async def throw_away(self, choose: Callable[[Callable[[str], None]], object]) -> None:
+        """Run *choose* in a thread with a function that moves a path of this data root to the trash, then empty that.
+
+        No mount may use the paths.  Raises VolumeFailed.
+        """
+        await self._ready()
+        await finish(asyncio.to_thread(choose, self._trash.take))
+        self._trash.empty()
 
     async def close(self) -> None:
         """Wait for deletions in the background and let go of the data root.  Volumes stay mounted."""

@@ -47,6 +47,7 @@ async def main(directory: Path, options: dict[str, Any]) -> None:
                 options=Options(
                     namespace=DRIVER_NAMESPACE,
                     cache_url="http://cknix-cache.cknix-system.svc",
+                    node="node-0",
                     systems=tuple(options.get("systems", ["x86_64-linux"])),
                     max_builds=options.get("max_builds", 4),
                     retry_first=options.get("retry_first", 0.2),

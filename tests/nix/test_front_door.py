@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import yaml
+
 from tests.nixes import NixEnv
 
 PROJECT = Path(__file__).parents[2]

@@ -192,7 +192,7 @@ def new_node(whole_scratch: Path, surroundings: Cluster, hatchery: Hatchery) -> 
     @contextmanager
     def make(suite: str) -> Iterator[WholeNode]:
         directory = Path(tempfile.mkdtemp(prefix="n", dir=whole_scratch))
-        node = WholeNode(directory, nixes.nix(suite), surroundings.kubeconfig(), hatchery)
+        node = WholeNode(directory, nixes.nix(suite), surroundings.kubeconfig, hatchery)
         try:
             yield node
         finally:
@@ -203,29 +203,18 @@ def new_node(whole_scratch: Path, surroundings: Cluster, hatchery: Hatchery) -> 
 
 
 @pytest.fixture
-def fresh(new_node: NewNode, cluster: Cluster) -> Iterator[WholeNode]:
-    """A node that is new; its daemon is started by the test."""
+async def whole(new_node: NewNode, cluster: Cluster) -> AsyncIterator[WholeNode]:
+    """A new node; the test starts its daemon.  Whatever the test did: unpublishing leaves nothing."""
     with new_node("trixie") as node:
         yield node
+        cluster.reopen()
+        await node.unpublish_all()
 
 
-@pytest.fixture(scope="module")
-def lasting(new_node: NewNode) -> Iterator[WholeNode]:
-    with new_node("trixie") as node:
+@pytest.fixture(params=nixes.selected(), ids=nixes.name_of)
+async def any_nix(request: pytest.FixtureRequest, new_node: NewNode, cluster: Cluster) -> AsyncIterator[WholeNode]:
+    """As ``whole``, once with each supported Nix."""
+    with new_node(request.param.name) as node:
         yield node
-
-
-@pytest.fixture
-async def whole(lasting: WholeNode, cluster: Cluster) -> AsyncIterator[WholeNode]:
-    """A node with a running daemon and an empty store; several tests share it, so each must leave it as it was."""
-    if lasting.daemon is None or lasting.daemon.poll() is not None:
-        lasting.daemon = None
-        await lasting.start()
-    yield lasting
-    try:
-        await lasting.left_nothing()
-        lasting.collect_garbage()
-        assert lasting.registered_paths() == set()
-    except BaseException:
-        lasting.reset()
-        raise
+        cluster.reopen()
+        await node.unpublish_all()

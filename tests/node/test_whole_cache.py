@@ -5,7 +5,7 @@ import pytest
 from cknix_csi.nix.cache.signing import generate_key
 from tests import nixes
 from tests.node.conftest import NewNode
-from tests.node.whole import Cluster, Source, WholeNode, require_exactly
+from tests.node.whole import Cluster, Source, WholeNode
 
 
 @pytest.fixture(params=nixes.selected(), ids=nixes.name_of)
@@ -17,11 +17,14 @@ def any_nix(request: pytest.FixtureRequest, new_node: NewNode, cluster):
 async def test_x(any_nix: WholeNode, cluster: Cluster, source: Source) -> None:
     node = any_nix
     import time
+
     await node.start()
+
     async def show(what, **kw):
         t = time.time()
         r = await node.refused(**kw)
-        print("@@@", node.nix.nix.version, what, f"{time.time()-t:.1f}s", r, node.registered_paths(), node.traces())
+        print("@@@", node.nix.nix.version, what, f"{time.time() - t:.1f}s", r, node.registered_paths(), node.traces())
+
     cluster.cache.close()
     await show("down", storePath=source.hello)
     cluster.cache.open()

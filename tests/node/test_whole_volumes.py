@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import threading
 
 import pytest
 
-from tests import nixes
-from tests.node.conftest import NewNode
 from tests.node.whole import Cluster, Source, WholeNode, require_exactly
-
-
-@pytest.fixture(params=nixes.selected(), ids=nixes.name_of)
-def any_nix(request: pytest.FixtureRequest, new_node: NewNode) -> Iterator[WholeNode]:
-    """A new node with each supported Nix."""
-    with new_node(request.param.name) as node:
-        yield node
 
 
 async def test_volumes_show_exactly_their_closures_run_and_leave_nothing(
@@ -38,3 +30,95 @@ async def test_volumes_show_exactly_their_closures_run_and_leave_nothing(
         await node.unpublish(volume)
     await node.left_nothing()
     assert node.terminate() == 0
+
+
+@pytest.mark.parametrize("name", ["shapes", "file", "link"])
+async def test_results_of_every_shape_are_shown_as_they_were_built(whole: WholeNode, source: Source, name: str) -> None:
+    await whole.start()
+    path = source.results[name]
+    require_exactly(await whole.publish(storePath=path), source, path)
+
+
+async def test_what_a_pod_writes_is_its_own(whole: WholeNode, source: Source) -> None:
+    await whole.start()
+    volumes = [await whole.publish(name, writable=True, storePath=source.hello) for name in ("a", "b")]
+    read_only = await whole.publish("c", storePath=source.hello)
+    program = f"store/{source.hello.removeprefix('/nix/store/')}/bin/hello"
+    (volumes[0] / program).write_text("changed")
+    (volumes[0] / "store/new").mkdir()
+    for other in (volumes[1], read_only):
+        require_exactly(other, source, source.hello)
+    with pytest.raises(OSError, match="Read-only file system"):
+        (read_only / "store/new").mkdir()
+    assert whole.admin("nix-store", "--verify", "--check-contents") == []
+
+
+async def test_a_known_closure_costs_no_process_and_no_request(
+    whole: WholeNode, cluster: Cluster, source: Source
+) -> None:
+    await cluster.apply("known")
+    await whole.start()
+    first = asyncio.create_task(whole.publish("first", expression="known"))
+    await cluster.report("known", "Succeeded", x86_64_linux=source.hello)
+    await first  # the result came by the watch, which is up from now on
+    faults, calls = whole.descendants_faults(), len(whole.nix_calls())
+    assert faults > 0
+    assert calls == 1
+    cluster.api.forget()
+    cluster.cache.forget()
+    for number in range(10):
+        await whole.publish(f"pod-{number}", expression="known", writable=number % 2 == 1)
+        await whole.publish(f"path-{number}", storePath=source.hello)
+    assert (whole.descendants_faults(), len(whole.nix_calls())) == (faults, calls)
+    assert (cluster.api.sent, cluster.cache.requests) == (0, [])
+
+
+async def test_a_hundred_pods_that_start_at_once_fetch_their_closure_once(
+    whole: WholeNode, cluster: Cluster, source: Source
+) -> None:
+    await whole.start()
+    cluster.cache.forget()
+    async with asyncio.TaskGroup() as pods:
+        for number in range(100):
+            pods.create_task(whole.publish(f"pod-{number}", writable=number % 2 == 1, storePath=source.chain))
+    assert len(whole.nix_calls()) == 1
+    nars = [path for path in cluster.cache.requests if path.startswith("/nar/")]
+    assert len(nars) == len(set(nars)) == len(source.closure(source.chain)) == 60
+    assert len({whole.mount_id(f"pod-{number}") for number in range(100)} - {""}) == 100
+    for number in (0, 1, 98, 99):
+        require_exactly(whole.shown(f"pod-{number}"), source, source.chain)
+
+
+async def test_an_administrators_garbage_collection_spares_what_is_mounted(whole: WholeNode, source: Source) -> None:
+    await whole.start()
+    await whole.publish("gone", storePath=source.wide)
+    await whole.publish("ro", storePath=source.hello)
+    await whole.publish("rw", writable=True, storePath=source.toolbox)
+    await whole.unpublish("gone")
+    whole.collect_garbage()
+    assert whole.registered_paths() == source.closure(source.toolbox)
+    require_exactly(whole.shown("ro"), source, source.hello)
+    require_exactly(whole.shown("rw"), source, source.toolbox)
+    assert "Hello" in whole.run_in("rw", "hello")
+
+
+async def test_garbage_collections_at_any_moment_lose_no_volume(whole: WholeNode, source: Source) -> None:
+    await whole.start()
+    done = threading.Event()
+
+    def collect() -> int:
+        rounds = 0
+        while not done.is_set():
+            whole.collect_garbage()
+            rounds += 1
+        return rounds
+
+    collecting = asyncio.create_task(asyncio.to_thread(collect))
+    try:
+        for number in range(6):
+            path = (source.hello, source.file)[number % 2]
+            require_exactly(await whole.publish(storePath=path), source, path)
+            await whole.unpublish()
+    finally:
+        done.set()
+    assert await collecting >= 6

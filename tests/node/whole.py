@@ -99,7 +99,7 @@ class Source:
 
 
 class Cluster:
-    """What nodes find elsewhere: an API server and a signed cache, both behind relays, and what the controller writes."""
+    """What a node finds elsewhere: API server and cache, both behind relays, and what users and the controller write."""
 
     def __init__(self, server: Server, cache_port: int, key: KeyPair) -> None:
         self.server = server
@@ -107,6 +107,14 @@ class Cluster:
         self.api = Relay(int(server.url.rpartition(":")[2]))
         self.cache = Relay(cache_port)
         self.reopen()
+        self.kubeconfig = self._kubeconfig()
+
+    def _kubeconfig(self) -> dict[str, Any]:
+        """That of the node daemon's ServiceAccount, through the relay."""
+        file = self.server.kubeconfig("node", rbac.token(self.server, rbac.NODE))
+        config: dict[str, Any] = json.loads(file.read_text())
+        config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{self.api.port}"
+        return config
 
     @property
     def cache_url(self) -> str:
@@ -121,13 +129,6 @@ class Cluster:
     def close(self) -> None:
         for relay in (self.api, self.cache):
             relay.close()
-
-    def kubeconfig(self) -> dict[str, Any]:
-        """That of the node daemon's ServiceAccount, through the relay."""
-        file = self.server.kubeconfig("node", rbac.token(self.server, rbac.NODE))
-        config: dict[str, Any] = json.loads(file.read_text())
-        config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{self.api.port}"
-        return config
 
     async def use_cache(self, *, url: str = "", public_key: str = "") -> None:
         """Write the ConfigMap ``cknix-cache``: by default what is true."""
@@ -458,15 +459,14 @@ class WholeNode:
                 )
             await asyncio.sleep(0.01)
 
-    def reset(self) -> None:
-        """Begin anew, whatever a test has left."""
-        if self.daemon is not None:
-            self.kill()
-        self.namespace.close()
-        self.namespace = Namespace()
-        for directory in (self.data, self.pods):
-            remove(directory)
-            directory.mkdir()
+    async def unpublish_all(self) -> None:
+        """Undo what a test has published and left, and see that nothing is left of it."""
+        if self.daemon is None or self.daemon.poll() is not None:
+            self.daemon = None
+            await self.start()
+        for target in self.pods.glob("*/volumes/kubernetes.io~csi/nix/mount"):
+            await self.unpublish(target.relative_to(self.pods).parts[0])
+        await self.left_nothing()
 
     def destroy(self) -> None:
         """End the daemon, its mounts and its files, whatever state they are in."""

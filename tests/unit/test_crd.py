@@ -6,8 +6,8 @@ import pathlib
 from typing import Any
 
 import pytest
-
 import yaml
+
 from cknix_csi.api import durations, expression, storepath, systems
 from cknix_csi.api.errors import Invalid
 from cknix_csi.api.expression import Spec
