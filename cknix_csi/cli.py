@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,14 @@ from pathlib import Path
 from cknix_csi import __version__
 
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line, also used by the documentation's tests."""
-    top = argparse.ArgumentParser(prog="cknix-csi", description="Nix closures as Kubernetes volumes.")
+    top = argparse.ArgumentParser(
+        prog="cknix-csi", description="Nix closures as Kubernetes volumes.", allow_abbrev=False
+    )
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -36,11 +40,12 @@ def parser() -> argparse.ArgumentParser:
     )
     run = commands.add_parser(
         "run",
+        allow_abbrev=False,
         help="build an Expression and run a command in its closure, without Kubernetes",
         description=(
             "Evaluates and builds an Expression on this machine, publishes it through the CSI node service, and runs "
             "COMMAND with the volume at /nix and /nix/var/result/bin first on PATH.  Needs root and Nix.  The exit "
-            "code is the command's own."
+            "code is the command's own; what it leaves running is ended with it."
         ),
     )
     source = run.add_mutually_exclusive_group(required=True)
@@ -51,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--writable", action="store_true", help="let the command write below /nix (discarded afterwards)")
     run.add_argument(
         "--data-root",
-        type=Path,
+        type=_directory,
         metavar="DIR",
         help="where the managed store is (default: CKNIX_DATA_ROOT, else /var/lib/cknix)",
     )
@@ -60,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
         "argv", nargs="*", metavar="COMMAND", help="command and arguments (default: a shell); put -- first"
     )
     return top
+
+
+def _directory(text: str) -> Path:
+    # An empty one would be the current directory, and is an unset variable.
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a directory on a real disk")
+    return Path(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ),
             os.environ,
         )
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except CknixError as error:
         logging.getLogger("cknix").debug("stopped", exc_info=True)
         problems = getattr(error, "problems", None) or [error.message]

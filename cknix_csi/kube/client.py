@@ -28,6 +28,7 @@ SILENCE_LIMIT = 90.0
 
 _METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
 _CHUNK = 1 << 20
+_KINDS = frozenset({"ADDED", "MODIFIED", "DELETED", "BOOKMARK"})
 _USER_AGENT = f"cknix-csi/{__version__}"
 _SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
@@ -93,19 +94,16 @@ class KubernetesApi(Api):
             "resourceVersion": resource_version,
             "timeoutSeconds": str(int(timeout)),
         }
-        response = await self._send("GET", path, query=query, stream=True)
         try:
-            if response.status != 200:
-                raise _refused("GET", path, response.status, await response.read())
-            async for line in _lines(response):
-                event = json.loads(line)
-                if event.get("type") == "ERROR":
-                    raise _watch_error(path, event.get("object") or {})
-                yield WatchEvent(str(event["type"]), event["object"])
-        except (OSError, TimeoutError, ValueError, KeyError, _client_error()) as error:
+            async with await self._send("GET", path, query=query, stream=True) as response:
+                if response.status != 200:
+                    raise _refused("GET", path, response.status, await response.read())
+                async for line in _lines(response):
+                    event = _parse_event(path, line)
+                    if event is not None:
+                        yield event
+        except _transport_errors() as error:
             raise _unreachable("GET", path, error) from error
-        finally:
-            response.close()
 
     async def _call(
         self,
@@ -127,7 +125,7 @@ class KubernetesApi(Api):
             if not 200 <= response.status < 300:
                 raise _refused(method, path, response.status, content)
             answer = json.loads(content)
-        except (OSError, TimeoutError, ValueError, _client_error()) as error:
+        except _transport_errors() as error:
             raise _unreachable(method, path, error) from error
         if not isinstance(answer, dict):
             raise ApiError(f"the API server's answer to {method} {path} is not an object", status=None)
@@ -178,11 +176,12 @@ async def _lines(response: ClientResponse) -> AsyncIterator[bytes]:
                 yield line
 
 
-def _client_error() -> type[Exception]:
-    # Evaluated only when an exception is matched, so that this module imports without aiohttp.
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What a request may fail with; asked for only when an exception is matched, so that the import stays cheap."""
     from aiohttp import ClientError  # noqa: PLC0415
+    from kubernetes_asyncio.config import ConfigException  # noqa: PLC0415 - a token file that is being rotated
 
-    return ClientError
+    return (OSError, TimeoutError, ValueError, ClientError, ConfigException)
 
 
 def _refused(method: str, path: str, status: int, content: bytes) -> ApiError:
@@ -193,11 +192,21 @@ def _refused(method: str, path: str, status: int, content: bytes) -> ApiError:
     return ApiError(f"the API server refused {method} {path}: {reason} ({status})", status=status)
 
 
-def _watch_error(path: str, status: Json) -> ApiError:
-    code = status.get("code")
-    return ApiError(
-        f"the watch of {path} ended: {status.get('message')}", status=code if isinstance(code, int) else GONE
-    )
+def _parse_event(path: str, line: bytes) -> WatchEvent | None:
+    """One line of a watch; None for a kind of event that did not exist yet.  Raises ValueError, :class:`ApiError`."""
+    event = json.loads(line)
+    try:
+        kind, body = event["type"], event["object"]
+        if kind == "ERROR":
+            code = body.get("code")
+            raise ApiError(
+                f"the watch of {path} ended: {body.get('message')}", status=code if isinstance(code, int) else GONE
+            )
+        if not body["metadata"]["resourceVersion"]:
+            raise ValueError("an event without a version")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it sent what is no event: {line[:200]!r}") from error
+    return WatchEvent(kind, body) if kind in _KINDS else None
 
 
 def _unreachable(method: str, path: str, error: BaseException) -> ApiError:

@@ -1,4 +1,4 @@
-"""What evaluation gets to see of this machine.
+"""What Nix gets to see of this machine, and that it leaves nothing running.
 
 ``restrict-eval`` and pure evaluation do not keep files from a flake: an input such as ``path:/var/run/secrets/…`` or
 ``file:///dev/vda`` is fetched before anything is evaluated, and its content can then be read (with Nix 2.8 to 2.34, and
@@ -32,7 +32,19 @@ exec "$@"
 """
 
 
+# Unmounts by others still arrive (a mount that is kept here would keep its file system), own mounts never leave.
+_NAMESPACES = ("unshare", "--mount", "--propagation=slave", "--pid", "--fork", "--kill-child", "--mount-proc", "--")
+
+
+def contained(argv: Sequence[str]) -> list[str]:
+    """The command that runs *argv* as the first process of a PID namespace.
+
+    A builder survives its Nix when that is killed, since Nix gives it a session and a PID namespace of its own.  Here
+    the kernel ends it as well.  It needs root, as Nix's sandbox does.
+    """
+    return [*_NAMESPACES, *argv]
+
+
 def confined(argv: Sequence[str], hidden: Sequence[Path]) -> list[str]:
-    """The command that runs *argv* without the directories *hidden*.  It needs root, and fails where it cannot hide."""
-    namespaces = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    return [*namespaces, "--", "sh", "-euc", _SCRIPT, "sh", *map(str, hidden), "--", *argv]
+    """Like :func:`contained`, and without the directories *hidden*.  It fails where it cannot hide them."""
+    return contained(["sh", "-euc", _SCRIPT, "sh", *map(str, hidden), "--", *argv])

@@ -134,7 +134,8 @@ def write_database(closure: Closure, directory: Path) -> None:
     """Write a database of exactly *closure* as ``<directory>/db.sqlite`` with its ``schema`` file; nothing is synced.
 
     The same closure gives the same bytes: rows are in the order of their paths and registration times are fixed.  It
-    is in rollback-journal mode, which a client can read on a read-only file system.  Raises :class:`OutOfSpace`, OSError.
+    is in rollback-journal mode, which a client can read on a read-only file system.
+    Raises :class:`OutOfSpace`, OSError.
     """
     target = directory / "db.sqlite"
     target.unlink(missing_ok=True)

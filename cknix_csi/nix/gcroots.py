@@ -61,16 +61,17 @@ class GcRoots:
     def list(self) -> dict[str, StorePath]:
         """All roots by name.  Links that are no store paths are not ours and are left out."""
         found = {}
-        for directory, directories, names in os.walk(self._directory):
-            # A link is listed with the directories where a directory of the same store path exists on this machine.
-            for name in (*names, *directories):
-                link = Path(directory) / name
-                if name.startswith(".") or not link.is_symlink():
-                    continue
-                try:
-                    found[str(link.relative_to(self._directory))] = StorePath.parse(os.readlink(link))
-                except InvalidStorePath:
-                    continue
+        with self._lock:
+            for directory, directories, names in os.walk(self._directory):
+                # A link is listed with the directories where a directory of the same store path exists on this machine.
+                for name in (*names, *directories):
+                    link = Path(directory) / name
+                    if name.startswith(".") or not link.is_symlink():
+                        continue
+                    try:
+                        found[str(link.relative_to(self._directory))] = StorePath.parse(os.readlink(link))
+                    except InvalidStorePath:
+                        continue
         return found
 
     def _link(self, name: str) -> Path:

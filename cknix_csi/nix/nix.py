@@ -30,7 +30,7 @@ from cknix_csi.api.expression import FLAKE_REF_PATTERN, Data
 from cknix_csi.api.progress import Progress, humanise
 from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
 from cknix_csi.nix import database, process
-from cknix_csi.nix.confine import confined
+from cknix_csi.nix.confine import confined, contained
 from cknix_csi.nix.fetcherrors import fetch_error
 from cknix_csi.nix.log import Log
 from cknix_csi.nix.readable import readable
@@ -106,7 +106,7 @@ class Nix:
         timeout = self._options.build_timeout
         try:
             command = self._on_this_store(["nix-store", "--realise", *targets, *_LOGGING])
-            completed = await self._run(command, log, timeout)
+            completed = await self._run(contained(command), log, timeout)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"the build of {evaluation.result} did not end within {humanise(timeout)} and was stopped"
@@ -114,7 +114,7 @@ class Nix:
             ) from None
         if completed.code == 0 and await asyncio.to_thread(database.is_valid, self.store, evaluation.result):
             return
-        _raise_if_full(log.error)
+        _raise_if_full(log.error, self.store)
         if not evaluation.derivations:
             raise BuildFailed(f"{evaluation.result} is not in the store and no substituter has it{_after(log.error)}")
         raise BuildFailed(self._readable(log.failure) or f"nix-store --realise ended with code {completed.code}")
@@ -125,9 +125,10 @@ class Nix:
         Raises :class:`CacheUnavailable`, :class:`PathUntrusted`, :class:`NotFound` or :class:`DeadlineExceeded`.
         """
         log = Log(progress)
+        urls = [cache.url for cache in caches]
         timeout = self._options.fetch_timeout
         options = {
-            "extra-substituters": " ".join(cache.url for cache in caches),
+            "extra-substituters": " ".join(urls),
             "extra-trusted-public-keys": " ".join(cache.public_key for cache in caches),
             "require-sigs": "true",
             # A path asked for too early must be found as soon as it is published.
@@ -145,13 +146,14 @@ class Nix:
             completed = await self._run(command, log, timeout)
         except TimeoutError:
             raise DeadlineExceeded(
-                f"fetching {path} did not end within {humanise(timeout)} and was stopped; "
+                f"fetching {path} from {', '.join(urls) or 'the substituters of nix.conf'} did not end within "
+                f"{humanise(timeout)} and was stopped; "
                 "raise CKNIX_FETCH_TIMEOUT if it needs longer"
             ) from None
         if completed.code == 0 and await asyncio.to_thread(database.is_valid, self.store, path):
             return
-        _raise_if_full(log.error)
-        raise fetch_error(path, [cache.url for cache in caches], log.errors, log.warnings)
+        _raise_if_full(log.error, self.store)
+        raise fetch_error(path, urls, log.errors, log.warnings)
 
     async def _describe(
         self, arguments: list[str], installables: list[str], system: str, renames: Mapping[str, str]
@@ -184,7 +186,7 @@ class Nix:
             raise EvaluationFailed(f"the evaluation wrote {error}") from None
         if completed.code != 0:
             message = readable(self._readable(log.failure), renames) or f"nix eval ended with code {completed.code}"
-            _raise_if_full(message)
+            _raise_if_full(message, self.store)
             raise EvaluationFailed(message)
         description = json.loads(completed.stdout)
         assert isinstance(description, dict)
@@ -229,6 +231,9 @@ def installed() -> bool:
     return shutil.which("nix") is not None and shutil.which("nix-store") is not None
 
 
+_MAX_FULL_CHARACTERS = 240
+# Bytes; with less than this SQLite cannot even map its -shm file.
+_LITTLE = 64 * 1024
 _LOGGING = ("--log-format", "internal-json", "-v")
 
 
@@ -292,9 +297,26 @@ def _evaluation(data: Data, description: Mapping[str, Any]) -> Evaluation:
     )
 
 
-def _raise_if_full(text: str) -> None:
-    if "No space left on device" in text or "database or disk is full" in text:
-        raise OutOfSpace(text)
+def _raise_if_full(text: str, store: Store) -> None:
+    words = ["No space left on device", "database or disk is full"]
+    if _nothing_free(store.state):
+        # SQLite's word for any failed write.
+        words.append("disk I/O error")
+    for line in text.splitlines():
+        if any(word in line for word in words):
+            # The end names the file; before it may stand a whole SQL statement.
+            said = line if len(line) <= _MAX_FULL_CHARACTERS else f"…{line[-_MAX_FULL_CHARACTERS:]}"
+            raise OutOfSpace(
+                f"a file system that Nix writes to is full ({said}); the store is in {store.physical}, free space or "
+                "inodes there"
+            )
+
+
+def _nothing_free(directory: Path) -> bool:
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    state = os.statvfs(directory)
+    return state.f_bavail * state.f_frsize < _LITTLE
 
 
 def _after(text: str) -> str:

@@ -7,10 +7,8 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,21 +21,17 @@ from cknix_csi.nix.closures import StoreClosures
 from cknix_csi.nix.fetcher import StoreFetcher
 from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.substituters import CacheEndpoint
-from cknix_csi.run import source
+from cknix_csi.run import orphans, signals, source
+from cknix_csi.run.child import EXIT_SIGNALLED, Child
 from cknix_csi.run.namespace import enter_private_mounts
 from cknix_csi.run.report import Reporter
 from cknix_csi.run.scratch import Scratch, scratch
 from cknix_csi.serve import nix_of
 from cknix_csi.settings import NixSettings, run_settings
-from cknix_csi.volumes.syscalls import owned
+from cknix_csi.volumes.failures import explained
+from cknix_csi.volumes.volumes import Volumes
 
-EXIT_SIGNALLED = 128
 _NIX = Path("/nix")
-_RESULT_BIN = "/nix/var/result/bin"
-
-# Runs in a mount namespace of its own below ours, so that our own programs may come from /nix; the FIFO tells the
-# moment before the command takes over.
-_ENTER = 'mount --bind "$1" /nix && printf . > "$2" && shift 2 && exec "$@"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,65 +54,92 @@ def run(options: Options, environment: Mapping[str, str]) -> int:
     Raises :class:`Invalid` for bad arguments or settings, and :class:`CknixError` when the volume cannot be had.
     """
     name, spec = _source(options)
-    data_root = options.data_root.resolve() if options.data_root else None
-    settings = run_settings(environment, data_root)
+    settings = run_settings(environment, _data_root(options))
     if os.geteuid() != 0:
         raise CknixError("mounting needs root: run it with sudo, or as root in a container with CAP_SYS_ADMIN")
     if not nix_commands.installed():
         raise CknixError("the Nix commands are not on PATH; on Debian: apt-get install --no-install-recommends nix-bin")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="cknix: %(levelname)s %(name)s: %(message)s")
-    try:
+    # What the node service refuses is this program's own last line.
+    logging.getLogger("cknix_csi.csi.rpc").setLevel(logging.ERROR)
+    # What is made here is for the command as well, whoever it runs as.
+    umask = os.umask(0o022)
+    child = Child(options.argv, environment, umask)
+    with signals.held(), explained(f"work in the data root {settings.data_root}"):
         settings.data_root.mkdir(parents=True, exist_ok=True)
-        _NIX.mkdir(exist_ok=True)
-        enter_private_mounts()
-    except OSError as error:
-        raise CknixError(f"cannot prepare {error.filename}: {error.strerror}") from None
-    with scratch(nix_of(settings).store, settings.data_root) as own:
-        return asyncio.run(_Run(settings, own, options, name, spec).run())
+        _prepare_process()
+        with scratch(nix_of(settings).store, settings.data_root) as own:
+            return asyncio.run(_Run(settings, own, options, child, name=name, spec=spec).run())
 
 
 def _source(options: Options) -> tuple[str, Spec]:
     if options.file is not None:
         return source.from_file(options.file)
-    for kind, text in (("expr", options.expr), ("flakeRef", options.flake), (STORE_PATH, options.store_path)):
-        if text is not None:
-            return "the expression" if kind == "expr" else text, source.from_text(kind, text)
+    if options.expr is not None:
+        return "the expression", source.from_text("--expr", "expr", options.expr)
+    if options.flake is not None:
+        return options.flake, source.from_text("--flake", "flakeRef", options.flake)
+    if options.store_path is not None:
+        return options.store_path, source.from_text("--store-path", "storePath", options.store_path)
     raise Invalid([Problem("command line", "give one of --file, --expr, --flake and --store-path")])
 
 
+def _data_root(options: Options) -> Path | None:
+    if options.data_root is None:
+        return None
+    root = options.data_root.resolve()
+    if root == Path("/") or root.is_relative_to(_NIX):
+        raise Invalid([Problem("--data-root", f"{root} cannot be it: choose a directory below /, and not in {_NIX}")])
+    return root
+
+
+def _prepare_process() -> None:
+    with explained(f"make the directory {_NIX}, where the command finds the volume"):
+        _NIX.mkdir(exist_ok=True)
+    with explained("enter a mount namespace"):
+        enter_private_mounts()
+    with explained("become the parent of what the command leaves"):
+        orphans.adopt()
+
+
 class _Run:
-    def __init__(self, settings: NixSettings, own: Scratch, options: Options, name: str, spec: Spec) -> None:
+    def __init__(
+        self, settings: NixSettings, own: Scratch, options: Options, child: Child, *, name: str, spec: Spec
+    ) -> None:
         self._settings = settings
         self._own = own
         self._options = options
         self._name = name
         self._spec = spec
+        self._child = child
         self._report = Reporter(quiet=options.quiet)
         self._nix = nix_of(settings)
         self._signalled: signal.Signals | None = None
-        self._child: asyncio.subprocess.Process | None = None
 
     async def run(self) -> int:
         working = asyncio.current_task()
         assert working is not None
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in signals.ending():
             loop.add_signal_handler(number, self._on_signal, number, working)
+        volumes = Volumes(self._own.directory, StoreClosures(self._nix.store, f"{self._own.owner}/closures"))
         try:
-            path = await self._build()
-            return await self._mounted(path)
+            with signals.delivered():
+                return await self._mounted(await self._build(), volumes)
         except asyncio.CancelledError:
             if self._signalled is None:
                 raise
             return EXIT_SIGNALLED + self._signalled
+        finally:
+            self._report.clear()
+            await volumes.close()
 
     def _on_signal(self, number: signal.Signals, working: asyncio.Task[object]) -> None:
-        if self._child is None:
+        if self._child.started:
+            self._child.signal(number)
+        elif self._signalled is None:  # a second one must not interrupt the clearing up
             self._signalled = number
             working.cancel()
-        elif number != signal.SIGINT:  # the terminal has sent that to the command as well
-            with suppress(ProcessLookupError):
-                self._child.send_signal(number)
 
     async def _build(self) -> StorePath:
         began = time.monotonic()
@@ -128,8 +149,8 @@ class _Run:
         self._report.say(f"evaluating {self._name}")
         evaluation = await self._nix.evaluate(self._spec.data, system)
         evaluated = time.monotonic()
-        # Kept after this run: the next one of the same result finds it in the store.
-        await asyncio.to_thread(GcRoots(self._nix.store, "run").add, evaluation.result.basename, evaluation.result)
+        roots = GcRoots(self._nix.store, f"{self._own.owner}/result")
+        await asyncio.to_thread(roots.add, evaluation.result.basename, evaluation.result)
         await self._nix.build(evaluation, progress=self._report.progress)
         built = time.monotonic()
         self._report.say(
@@ -137,64 +158,36 @@ class _Run:
         )
         return evaluation.result
 
-    async def _mounted(self, path: StorePath) -> int:
-        # Imported here since they take as long as the evaluation before them; both are then under way sooner.
+    async def _mounted(self, path: StorePath, volumes: Volumes) -> int:
+        # Imported here since gRPC takes as long as the evaluation, which is then under way sooner.
         from cknix_csi.csi.client import published  # noqa: PLC0415
         from cknix_csi.csi.closures import ClosureService  # noqa: PLC0415
         from cknix_csi.csi.daemon import NodeDependencies, serving  # noqa: PLC0415
-        from cknix_csi.volumes.volumes import Volumes  # noqa: PLC0415
 
-        store, own = self._nix.store, self._own
-        volumes = Volumes(own.directory, StoreClosures(store, f"{own.owner}/closures"))
-        # Not below the data root: the path of a socket has at most 107 bytes.
-        with tempfile.TemporaryDirectory(prefix="cknix-run-") as sockets:
-            endpoint = Path(sockets) / "csi.sock"
-            node = NodeDependencies(
-                node_id="localhost",
-                system=self._settings.system,
-                endpoint=endpoint,
-                registration=None,
-                volumes=volumes,
-                closures=ClosureService(StoreFetcher(self._nix, _no_caches, f"{own.owner}/fetches")),
-                expressions=None,
-                budget=self._settings.fetch_timeout,
-            )
-            try:
-                async with serving(node):
-                    target = own.directory / "target"
-                    began = time.monotonic()
-                    async with published(
-                        endpoint, "run", target, {STORE_PATH: str(path)}, writable=self._options.writable
-                    ):
-                        return await self._command(target, began)
-            finally:
-                await volumes.close()
+        own = self._own
+        # A directory of its own: whoever makes a socket locks the directory it is in.
+        (own.directory / "csi").mkdir()
+        endpoint = own.short / "csi/csi.sock"
+        node = NodeDependencies(
+            node_id="localhost",
+            system=self._settings.system,
+            endpoint=endpoint,
+            registration=None,
+            volumes=volumes,
+            closures=ClosureService(StoreFetcher(self._nix, _no_caches, f"{own.owner}/fetches")),
+            expressions=None,
+            budget=self._settings.fetch_timeout,
+        )
+        async with serving(node):
+            target = own.directory / "target"
+            began = time.monotonic()
 
-    async def _command(self, target: Path, began: float) -> int:
-        argv = self._options.argv or (os.environ.get("SHELL", "/bin/sh"),)
-        environment = {**os.environ, "PATH": f"{_RESULT_BIN}:{os.environ.get('PATH', os.defpath)}"}
-        fifo = self._own.directory / "started"
-        os.mkfifo(fifo, 0o600)
-        with owned(os.open(fifo, os.O_RDWR | os.O_NONBLOCK)) as reading:
-            started = asyncio.Event()
-            loop = asyncio.get_running_loop()
-            loop.add_reader(reading, started.set)
-            script = ["sh", "-c", _ENTER, "cknix", str(target), str(fifo), *argv]
-            self._child = await asyncio.create_subprocess_exec(
-                *("unshare", "--mount", "--propagation", "private"),
-                *script,
-                env=environment,
-                pass_fds=(self._own.lock,),
-            )
-            ended = asyncio.create_task(self._child.wait())
-            starting = asyncio.create_task(started.wait())
-            await asyncio.wait({ended, starting}, return_when=asyncio.FIRST_COMPLETED)
-            loop.remove_reader(reading)
-            if starting.done():
+            def started() -> None:
                 self._report.say(f"known closure to running command: {(time.monotonic() - began) * 1000:.0f} ms")
-            starting.cancel()
-        code = await ended
-        return code if code >= 0 else EXIT_SIGNALLED - code
+
+            attributes = {STORE_PATH: str(path)}
+            async with published(endpoint, "run", target, attributes, writable=self._options.writable):
+                return await self._child.run(target, own.directory / "started", own.lock, started)
 
 
 async def _no_caches() -> tuple[CacheEndpoint, ...]:

@@ -31,9 +31,12 @@ def from_file(file: Path) -> tuple[str, Spec]:
     return _name(expressions[0]), parse_manifest(expressions[0])
 
 
-def from_text(kind: str, text: str) -> Spec:
-    """The spec of an Expression with only *text*.  Raises :class:`Invalid`."""
-    return Spec.parse({"data": {kind: text}})
+def from_text(option: str, kind: str, text: str) -> Spec:
+    """The spec of an Expression with only *text*, given by a command-line *option*.  Raises :class:`Invalid`."""
+    try:
+        return Spec.parse({"data": {kind: text}})
+    except Invalid as error:
+        raise Invalid([Problem(option, problem.message) for problem in error.problems]) from None
 
 
 def _name(document: dict[str, Any]) -> str:

@@ -172,6 +172,7 @@ class Controller:
         self._process: ForkServerProcess | None = None
         self.world = World(directory)
         self.world.prepare()
+        (directory / "log").touch()
 
     def start(self, **options: Any) -> None:
         assert self._process is None

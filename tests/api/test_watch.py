@@ -105,6 +105,30 @@ async def test_a_known_expression_is_told_from_memory_while_the_api_server_is_aw
         assert (await waiting).results == {"x86_64-linux": store_path("two")}
 
 
+async def test_a_watch_that_begins_without_an_api_server_waits_for_it(
+    expr: Expressions, node_api: KubernetesApi, server: Server
+) -> None:
+    await expr.create("a", "1")
+    server.kill_api_server()
+    watch = ExpressionWatch(node_api)
+    task = asyncio.create_task(watch.run())
+    with pytest.raises(CknixError) as unknown:
+        await watch.get(expr.namespace, "a")
+    assert unknown.value.code is Code.UNAVAILABLE
+    await asyncio.to_thread(server.start_api_server)
+    await eventually(lambda: _knows(watch, expr.namespace, "a"))
+    assert not task.done()
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def _knows(watch: ExpressionWatch, namespace: str, name: str) -> bool:
+    try:
+        return (await watch.get(namespace, name)).name == name
+    except CknixError:
+        return False
+
+
 async def test_an_object_of_a_megabyte_passes_through_the_watch(expr: Expressions, watch: ExpressionWatch) -> None:
     await expr.create("first", "1")
     await watch.get(expr.namespace, "first")

@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.harness import Cluster
+from tests.cluster.harness import Cluster, WaitTimeout
 from tests.cluster.harness.node import Node
 from tests.cluster.image.build import PROJECT
 
@@ -200,8 +200,14 @@ def _below(directory: Path) -> list[Path]:
 def assert_nothing_left(cluster: Cluster) -> None:
     """No Expression, mount, directory or GC root is left on any node."""
 
-    def clean() -> bool:
-        return not any(left_on(node) or volume_directories(node) for node in cluster.nodes)
+    found: list[object] = []
 
-    cluster.wait("nothing is left on any node", clean, timeout=30)
+    def clean() -> bool:
+        found[:] = [thing for node in cluster.nodes for thing in (left_on(node), volume_directories(node)) if thing]
+        return not found
+
+    try:
+        cluster.wait("nothing is left on any node", clean, timeout=30)
+    except WaitTimeout as error:
+        raise AssertionError(f"left: {found}\n{error}") from None
     assert cluster.get("expr", "--all-namespaces")["items"] == []

@@ -63,3 +63,26 @@ def test_a_rollout_of_both_workloads_disturbs_no_pod(installed: Cluster, applied
 def test_after_the_restart_everything_can_be_taken_away(installed: Cluster) -> None:
     # The volumes of the test above were made by daemons that are gone, and deleted under their successors.
     driver.assert_nothing_left(installed)
+
+
+def test_a_controller_that_moves_to_another_node_leaves_nothing_on_the_old_one(
+    installed: Cluster, applied: Apply
+) -> None:
+    cluster = installed
+    applied(driver.expression("nomad", driver.demo('greet "from a nomad"')))
+    path = driver.built(cluster, "nomad")
+    pod = driver.controller_pod(cluster)
+    old = driver.node_of(cluster, pod, driver.SYSTEM)
+    cluster.kubectl("cordon", old.name)
+    try:
+        cluster.kubectl("rollout", "restart", "-n", driver.SYSTEM, "deployment/cknix-controller")
+        driver.rolled_out(cluster)
+        new = driver.node_of(cluster, driver.controller_pod(cluster), driver.SYSTEM)
+        assert new.name != old.name
+        left = old.path("/var/lib/cknix/controller")
+        cluster.wait("the old store is gone", lambda: [entry.name for entry in left.iterdir()] == [".lock"], timeout=60)
+        # The result was lost with the old store, stayed in the status, and is built again.
+        assert driver.built(cluster, "nomad") == path
+        cluster.wait("it is back", (new.path("/var/lib/cknix/controller") / path.lstrip("/")).exists, timeout=60)
+    finally:
+        cluster.kubectl("uncordon", old.name)

@@ -1,6 +1,6 @@
 """Starts the daemon without its two seconds of imports: a process that has imported the program forks it on demand.
 
-What runs is ``cknix_csi.cli`` with arguments, environment, mount namespace and end of its own; imports alone are shared.
+What runs is ``cknix_csi.cli`` with arguments, environment, mount namespace and end of its own; only imports are shared.
 Where the command line itself matters, tests use that.  ``python -m tests.node.hatchery`` is the process.
 """
 

@@ -1,59 +1,109 @@
+"""The whole daemon and a cache that is down, silent, lacking or lying: clear words, nothing registered, recovery."""
+
 from __future__ import annotations
 
 import pytest
 
 from cknix_csi.nix.cache.signing import generate_key
-from tests import nixes
-from tests.node.conftest import NewNode
-from tests.node.whole import Cluster, Source, WholeNode
+from tests.node.whole import Cluster, Source, WholeNode, require_exactly
 
 
-@pytest.fixture(params=nixes.selected(), ids=nixes.name_of)
-def any_nix(request: pytest.FixtureRequest, new_node: NewNode, cluster):
-    with new_node(request.param.name) as node:
-        yield node
-
-
-async def test_x(any_nix: WholeNode, cluster: Cluster, source: Source) -> None:
+async def test_a_cache_that_is_down_is_named_and_used_again_when_it_is_back(
+    any_nix: WholeNode, cluster: Cluster, source: Source
+) -> None:
     node = any_nix
-    import time
-
     await node.start()
-
-    async def show(what, **kw):
-        t = time.time()
-        r = await node.refused(**kw)
-        print("@@@", node.nix.nix.version, what, f"{time.time() - t:.1f}s", r, node.registered_paths(), node.traces())
-
     cluster.cache.close()
-    await show("down", storePath=source.hello)
+    code, message = await node.refused(storePath=source.hello)
+    assert code == "UNAVAILABLE"
+    assert message.startswith(
+        f"{source.hello} is not on this node and {cluster.cache_url} could not deliver it: "
+        f"unable to download '{cluster.cache_url}/nix-cache-info': Could"
+    )
+    assert node.traces() == []
+    assert node.registered_paths() == set()
     cluster.cache.open()
-    await show("lacks", storePath="/nix/store/00000000000000000000000000000000-nobody-has-it")
-    with source.one_bit_flipped(source.hello + "/bin/hello"):
-        await show("flip", storePath=source.hello)
-    node.kill()
-    await cluster.use_cache(public_key=generate_key("cknix-cache-1").public)
+    require_exactly(await node.publish(storePath=source.hello), source, source.hello)
+
+
+async def test_a_flipped_bit_is_noticed_and_nothing_of_it_kept(
+    any_nix: WholeNode, cluster: Cluster, source: Source
+) -> None:
+    node = any_nix
     await node.start()
-    await show("otherkey same name", storePath=source.hello)
-    node.kill()
-    await cluster.use_cache(public_key=generate_key("other-1").public)
-    await node.start()
-    await show("otherkey other name", storePath=source.hello)
-    node.kill()
-    await cluster.use_cache()
-    await node.start(CKNIX_RPC_BUDGET="1", CKNIX_FETCH_TIMEOUT="3")
-    cluster.cache.stall()
-    await show("stall", storePath=source.hello)
-    await show("stall", storePath=source.hello)
-    await show("stall", storePath=source.hello)
-    await show("stall", storePath=source.hello)
-    await show("stall", storePath=source.hello)
-    cluster.cache.open()
-    await node.publish(storePath=source.hello)
-    await node.unpublish()
-    node.kill()
-    await node.start(CKNIX_RPC_BUDGET="100")
+    with source.one_bit_flipped(f"{source.hello}/bin/hello"):
+        code, message = await node.refused(storePath=source.hello)
+    assert code == "FAILED_PRECONDITION"
+    assert message.startswith(f"{source.hello} was refused: hash mismatch importing path '{source.hello}'")
+    assert node.traces() == []
+    # What it refers to was whole and may stay; it is nobody's, so it is garbage.
+    assert source.hello not in node.registered_paths()
+    assert node.admin("nix-store", "--verify", "--check-contents") == []
     node.collect_garbage()
+    assert node.registered_paths() == set()
+    require_exactly(await node.publish(storePath=source.hello), source, source.hello)
+
+
+@pytest.mark.parametrize("name", ["cknix-cache-1", "somebody-else-1"])
+async def test_a_signature_by_another_key_is_refused(
+    any_nix: WholeNode, cluster: Cluster, source: Source, name: str
+) -> None:
+    node = any_nix
+    await cluster.use_cache(public_key=generate_key(name).public)
+    await node.start()
+    code, message = await node.refused(storePath=source.hello)
+    assert code == "FAILED_PRECONDITION"
+    assert message.startswith(f"{source.hello} was refused: ")
+    assert "not signed by any of the keys in 'trusted-public-keys'" in message
+    assert "compare the ConfigMap and the Secret of the cache" in message
+    assert node.traces() == []
+    assert node.registered_paths() == set()
+
+
+async def test_a_path_that_the_cache_lacks_is_not_found_until_it_has_it(
+    any_nix: WholeNode, cluster: Cluster, source: Source
+) -> None:
+    node = any_nix
+    await node.start()
+    path = "/nix/store/00000000000000000000000000000000-nobody-has-it"
+    assert await node.refused(storePath=path) == (
+        "NOT_FOUND",
+        f"{path} is not on this node, and {cluster.cache_url} does not have it; build it there, or correct the store "
+        "path",
+    )
+    assert node.traces() == []
+    with source.hidden(source.hello):
+        assert (await node.refused(storePath=source.hello))[0] == "NOT_FOUND"
+    require_exactly(await node.publish(storePath=source.hello), source, source.hello)
+
+
+async def test_a_cache_that_stalls_is_waited_for_within_the_budget_and_given_up_within_the_timeout(
+    whole: WholeNode, cluster: Cluster, source: Source
+) -> None:
+    await whole.start(CKNIX_RPC_BUDGET="0.5", CKNIX_FETCH_TIMEOUT="2")
     cluster.cache.stall()
-    await show("stall100", storePath=source.toolbox)
+    code, message = await whole.refused(storePath=source.hello)
+    assert code == "ABORTED"
+    assert message.startswith(f"still fetching {source.hello}: ")
+    while code == "ABORTED":
+        code, message = await whole.refused(storePath=source.hello)
+    assert (code, message) == (
+        "FAILED_PRECONDITION",
+        f"fetching {source.hello} from {cluster.cache_url} did not end within 2s and was stopped; "
+        "raise CKNIX_FETCH_TIMEOUT if it needs longer",
+    )
+    assert len(whole.nix_calls()) == 1
+    assert whole.children() == []
+    assert whole.traces() == []
+    assert whole.registered_paths() == set()
     cluster.cache.open()
+    require_exactly(await whole.publish_retrying(storePath=source.hello), source, source.hello)
+
+
+async def test_without_a_cache_in_this_cluster_that_is_said(whole: WholeNode, cluster: Cluster, source: Source) -> None:
+    cluster.server.kubectl("delete", "configmap", "cknix-cache", "--namespace", "cknix-system")
+    await whole.start()
+    code, message = await whole.refused(storePath=source.hello)
+    assert code == "UNAVAILABLE"
+    assert "no cache of this cluster is known yet" in message
+    assert whole.traces() == []

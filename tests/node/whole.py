@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from grpclib.client import Channel
+from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from cknix_csi.api.expression import API_VERSION, KIND
@@ -97,9 +98,20 @@ class Source:
         finally:
             physical.write_bytes(original)
 
+    @contextmanager
+    def hidden(self, path: str) -> Iterator[None]:
+        """The store has lost *path*: its cache says so, as for one that was never built."""
+        physical = self.env.physical(path)
+        aside = physical.with_name(f"{physical.name}.hidden")
+        physical.rename(aside)
+        try:
+            yield
+        finally:
+            aside.rename(physical)
+
 
 class Cluster:
-    """What a node finds elsewhere: API server and cache, both behind relays, and what users and the controller write."""
+    """What a node finds elsewhere: API server and cache behind relays, and what users and the controller write."""
 
     def __init__(self, server: Server, cache_port: int, key: KeyPair) -> None:
         self.server = server
@@ -130,9 +142,9 @@ class Cluster:
         for relay in (self.api, self.cache):
             relay.close()
 
-    async def use_cache(self, *, url: str = "", public_key: str = "") -> None:
-        """Write the ConfigMap ``cknix-cache``: by default what is true."""
-        data = {"url": url or self.cache_url, "publicKey": public_key or self.key.public}
+    async def use_cache(self, *, public_key: str = "", node: str = "elsewhere") -> None:
+        """Write the ConfigMap ``cknix-cache``, as the controller on *node* does; by default with its true key."""
+        data = {"url": self.cache_url, "publicKey": public_key or self.key.public, "node": node}
         async with connected(self.server.kubeconfig("admin")) as api:
             try:
                 body = {"metadata": {"name": "cknix-cache"}, "data": data}
@@ -400,6 +412,17 @@ class WholeNode:
             return error.status.name, error.message or ""
         raise AssertionError(f"was not refused:\n{request}\n{self.log()}")
 
+    async def publish_retrying(self, volume: str = "v1", **attributes: str) -> Path:
+        """As kubelet does: again while the answer is that it takes longer or cannot be told now."""
+        deadline = time.monotonic() + LIMIT
+        while True:
+            try:
+                return await self.publish(volume, **attributes)
+            except GRPCError as error:
+                if error.status not in {Status.ABORTED, Status.UNAVAILABLE} or time.monotonic() > deadline:
+                    raise AssertionError(f"{error.status.name}: {error.message}\n{self.log()}") from error
+            await asyncio.sleep(0.05)
+
     # What is on the node
 
     def shown(self, volume: str = "v1") -> Path:
@@ -433,7 +456,8 @@ class WholeNode:
     def traces(self) -> list[str]:
         """All that volumes have left on this node: mounts, directories, GC roots."""
         data = self.namespace.see(self.data)
-        found = [f"mount {target}" for target in self.namespace.mounts(self.directory)]
+        found = [f"mount {target}" for target in self.namespace.mounts(self.data)]
+        found += [f"mount {target}" for target in self.namespace.mounts(self.pods)]
         for name in ("views", "volumes", "trash"):
             with suppress(FileNotFoundError):
                 found += [f"{name}/{entry}" for entry in os.listdir(data / name)]

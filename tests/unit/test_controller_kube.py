@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytest_asyncio
+from aiohttp import web
 
+from cknix_csi.api.errors import Code
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.controller.key import MalformedKey, ensure_key
 from cknix_csi.controller.nodes import ClusterSystems, systems_of
 from cknix_csi.controller.roots import owner, release_orphans, root_name
 from cknix_csi.controller.threads import in_thread
-from cknix_csi.kube.api import ApiError, Json, WatchEvent, core, expressions, list_all
+from cknix_csi.kube.api import JSON_PATCH, ApiError, Json, WatchEvent, core, expressions, list_all
 from cknix_csi.kube.backoff import Backoff
 from cknix_csi.kube.cacheconfig import CacheConfig
+from cknix_csi.kube.client import KubernetesApi
 from cknix_csi.kube.events import MAX_MESSAGE, Event, EventRecorder, Subject
 from cknix_csi.kube.expressions import ExpressionWatch
 from cknix_csi.nix.cache.signing import KeyPair, generate_key
@@ -37,6 +45,99 @@ def test_importing_the_kube_room_does_not_import_a_kubernetes_client() -> None:
     modules = "client, expressions, cacheconfig, events"
     code = f"import sys; from cknix_csi.kube import {modules}; assert 'kubernetes_asyncio' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest_asyncio.fixture
+async def deaf() -> AsyncIterator[KubernetesApi]:
+    """The real client, with nobody listening where it calls."""
+    from kubernetes_asyncio.client import ApiClient, Configuration
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    async with ApiClient(Configuration(host=f"http://127.0.0.1:{port}")) as client:
+        yield KubernetesApi(client)
+
+
+async def test_nobody_listening_is_an_api_error_of_every_call(deaf: KubernetesApi) -> None:
+    async def watch() -> None:
+        async for _ in deaf.watch("/apis", resource_version="1", timeout=1):
+            pass
+
+    for call in (deaf.get("/api"), deaf.create("/api", {}), deaf.patch("/api", {}, kind=JSON_PATCH), watch()):
+        with pytest.raises(ApiError, match="did not answer") as error:
+            await call
+        assert error.value.status is None
+        assert error.value.code is Code.UNAVAILABLE
+
+
+@pytest_asyncio.fixture
+async def talking() -> AsyncIterator[tuple[KubernetesApi, list[bytes]]]:
+    """The real client and a server that answers every request with the lines given, in pieces."""
+    from kubernetes_asyncio.client import ApiClient, Configuration
+
+    lines: list[bytes] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        text = b"".join(line + b"\n" for line in lines)
+        for start in range(0, len(text), 7):
+            await response.write(text[start : start + 7])
+        return response
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    async with ApiClient(Configuration(host=host)) as client:
+        yield KubernetesApi(client), lines
+    await runner.cleanup()
+
+
+def line(kind: str, **fields: Any) -> bytes:
+    return json.dumps({"type": kind, "object": fields}).encode()
+
+
+async def collect(api: KubernetesApi) -> list[str]:
+    return [event.kind async for event in api.watch("/x", resource_version="1", timeout=1)]
+
+
+async def test_a_watch_is_read_whatever_its_pieces(talking: tuple[KubernetesApi, list[bytes]]) -> None:
+    api, lines = talking
+    version = {"metadata": {"resourceVersion": "5"}}
+    lines += [
+        line("ADDED", **version, text="x" * 100),
+        b"",
+        line("FROM_THE_FUTURE", **version),
+        line("BOOKMARK", **version),
+    ]
+    assert await collect(api) == ["ADDED", "BOOKMARK"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "status"),
+    [
+        (line("ERROR", code=410, message="too old"), 410),
+        (line("ERROR", code=500, message="boom"), 500),
+        (line("ERROR"), 410),
+        (b"{half", None),
+        (b"[]", None),
+        (b'{"type": "ADDED", "object": null}', None),
+        (line("ADDED", metadata={}), None),
+    ],
+    ids=["too old", "server error", "no code", "half a line", "a list", "no object", "no version"],
+)
+async def test_a_watch_that_goes_wrong_is_an_api_error(
+    talking: tuple[KubernetesApi, list[bytes]], bad: bytes, status: int | None
+) -> None:
+    api, lines = talking
+    lines.append(bad)
+    with pytest.raises(ApiError) as error:
+        await collect(api)
+    assert error.value.status == status
 
 
 def test_delays_grow_to_the_cap_with_at_most_half_of_them_random() -> None:

@@ -103,7 +103,9 @@ class World:
                 queue=BuildQueue(2),
                 cluster=ClusterSystems(self.api),
                 events=self.events,
-                options=Options("cknix-system", "http://cache", "node-0", ("x86_64-linux",), 2, retry_first=0.01, retry_cap=0.02),
+                options=Options(
+                    "cknix-system", "http://cache", "node-0", ("x86_64-linux",), 2, retry_first=0.01, retry_cap=0.02
+                ),
                 now=lambda: self.now,
             )
         )
