@@ -77,8 +77,9 @@ async def serving(node: NodeDependencies) -> AsyncIterator[Registration | None]:
     First what an earlier daemon left is put in order, then the CSI socket appears, and last the one that makes kubelet
     look.  In reverse at the end; volumes that are mounted stay as they are.  Raises :class:`SocketUnavailable`.
     """
-    await node.closures.start()
+    # First, since it takes the data root: what another daemon holds there must not be touched.
     await node.volumes.reconcile()
+    await node.closures.start()
     publisher = Publisher(
         volumes=node.volumes,
         closures=node.closures,

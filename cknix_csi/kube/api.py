@@ -62,7 +62,9 @@ class Api(Protocol):
     async def patch(self, path: str, body: Any, *, kind: str, query: Mapping[str, str] | None = None) -> Json:
         """PATCH of *kind* (:data:`MERGE_PATCH`, :data:`JSON_PATCH` or :data:`APPLY_PATCH`)."""
 
-    def watch(self, path: str, *, resource_version: str, timeout: float) -> AsyncIterator[WatchEvent]:
+    def watch(
+        self, path: str, *, resource_version: str, timeout: float, query: Mapping[str, str] | None = None
+    ) -> AsyncIterator[WatchEvent]:
         """Changes after *resource_version*, until the server ends the stream (after about *timeout* seconds).
 
         Status 410 when *resource_version* is too old: list again.
@@ -77,13 +79,16 @@ class Listing:
     resource_version: str
 
 
-async def list_all(api: Api, path: str, *, metadata_only: bool = False, page: int = 250) -> Listing:
-    """All objects of the collection at *path*.  Raises :class:`ApiError`, also for an answer that is not a list.
+async def list_all(
+    api: Api, path: str, *, query: Mapping[str, str] | None = None, metadata_only: bool = False, page: int = 250
+) -> Listing:
+    """All objects of the collection at *path*; *query* may select some of them.
 
-    What depends on the *absence* of an object relies on this being complete.
+    Raises :class:`ApiError`, also for an answer that is not a list.  What depends on the *absence* of an object relies
+    on this being complete.
     """
     items: list[Json] = []
-    query = {"limit": str(page)}
+    query = {**(query or {}), "limit": str(page)}
     while True:
         answer = await api.get(path, query=query, metadata_only=metadata_only)
         metadata = answer.get("metadata")

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
 from cknix_csi import __version__
 from cknix_csi.kube.api import FIELD_MANAGER, GONE, Api, ApiError, Json, WatchEvent
@@ -87,8 +88,11 @@ class KubernetesApi(Api):
         query = {"fieldManager": FIELD_MANAGER, **(query or {})}
         return await self._call("PATCH", path, body=body, query=query, content_type=kind)
 
-    async def watch(self, path: str, *, resource_version: str, timeout: float) -> AsyncIterator[WatchEvent]:
+    async def watch(
+        self, path: str, *, resource_version: str, timeout: float, query: Mapping[str, str] | None = None
+    ) -> AsyncIterator[WatchEvent]:
         query = {
+            **(query or {}),
             "watch": "true",
             "allowWatchBookmarks": "true",
             "resourceVersion": resource_version,
@@ -152,10 +156,12 @@ class KubernetesApi(Api):
         headers["User-Agent"] = _USER_AGENT
         for setting in (await configuration.auth_settings()).values():
             headers[setting["key"]] = str(setting["value"])
+        # A path may bring a query of its own, such as a field selector.
+        path, _, own = path.partition("?")
         response: ClientResponse = await self._client.rest_client.request(
             method,
             f"{configuration.host}{path}",
-            query_params=dict(query) if query else None,
+            query_params={**dict(parse_qsl(own)), **(query or {})},
             headers=headers,
             body=body,
             _preload_content=False,

@@ -40,6 +40,6 @@ async def follow_controller(api: Api, namespace: str, moved: Callable[[str], Awa
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(tell())
-        path = f"{core('configmaps', namespace)}?fieldSelector=metadata.name%3D{NAME}"
-        await list_and_watch(api, path, listed=listed, changed=changed)
+        only = {"fieldSelector": f"metadata.name={NAME}"}
+        await list_and_watch(api, core("configmaps", namespace), listed=listed, changed=changed, query=only)
     raise AssertionError("list_and_watch does not end")

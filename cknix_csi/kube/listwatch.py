@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from cknix_csi.kube.api import GONE, Api, ApiError, Json, list_all
@@ -23,8 +23,9 @@ async def list_and_watch(
     *,
     listed: Callable[[list[Json]], None],
     changed: Callable[[str, Json], None],
+    query: Mapping[str, str] | None = None,
 ) -> NoReturn:
-    """Follow the collection at *path* for ever; an API server that is away is waited for.
+    """Follow the objects at *path*, or those that *query* selects, for ever; an API server that is away is waited for.
 
     *listed* gets every complete list: what is not in it is gone.  *changed* gets each change after it (ADDED, MODIFIED
     or DELETED, and the object).
@@ -34,12 +35,12 @@ async def list_and_watch(
     while True:
         try:
             if version is None:
-                listing = await list_all(api, path)
+                listing = await list_all(api, path, query=query)
                 listed(listing.items)
                 version = listing.resource_version
                 backoff.reset()
             timeout = WATCH_SECONDS * (1 + random.random())  # noqa: S311 - spreads load, guards nothing
-            async for event in api.watch(path, resource_version=version, timeout=timeout):
+            async for event in api.watch(path, resource_version=version, timeout=timeout, query=query):
                 version = str(event.object["metadata"]["resourceVersion"])
                 backoff.reset()
                 if event.kind != "BOOKMARK":

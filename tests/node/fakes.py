@@ -53,8 +53,8 @@ class FakeVolumes:
         return self.mounted.get(target)
 
     async def reconcile(self) -> object:
-        await self.reconciling.wait()
         self.calls.append("reconcile")
+        await self.reconciling.wait()
         return None
 
 

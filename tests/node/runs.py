@@ -9,12 +9,16 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from tests import nixes
 from tests.nixes import NixEnv
 
 REPOSITORY = Path(__file__).parents[2]
@@ -168,3 +172,20 @@ def script(*lines: str | Path) -> tuple[str, ...]:
 
 def quoted(path: Path) -> str:
     return shlex.quote(str(path))
+
+
+def runs_with(suite: str) -> Iterator[Runs]:
+    """The body of a fixture: runs with the Nix of a Debian suite, which leave nothing whatever becomes of the test."""
+    if os.geteuid() != 0:
+        pytest.skip("cknix-csi run mounts file systems: run as root")
+    # On a disk: an overlay cannot be the upper layer of another.
+    directory = Path(tempfile.mkdtemp(prefix="cknix-run-", dir="/var/tmp")).resolve()
+    runs = Runs(NixEnv(nixes.nix(suite), directory))
+    try:
+        yield runs
+    finally:
+        runs.end()
+        # Only a broken run mounts anything that is seen here.
+        for line in reversed(runs.mounts()):
+            subprocess.run(["umount", "--lazy", line.split()[4]], check=True)
+        nixes.remove(directory)

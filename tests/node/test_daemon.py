@@ -58,17 +58,20 @@ async def test_a_refused_registration_ends_the_daemon_with_kubelets_words(node: 
     assert not node.registration.exists()
 
 
-async def test_nothing_is_served_before_volumes_are_reconciled(node: NodeUnderTest) -> None:
+async def test_nothing_is_served_or_released_before_volumes_are_reconciled(node: NodeUnderTest) -> None:
     node.volumes.reconciling.clear()
     node.fetcher.held = {OTHER}
     async with node.started():
         async with asyncio.timeout(LIMIT):
-            while node.fetcher.held:
+            while node.volumes.calls != ["reconcile"]:
                 await asyncio.sleep(0)
         assert not list(node.directory.glob("*.sock"))
+        # Until the data root is this daemon's, what is held there may be another's.
+        assert node.fetcher.held == {OTHER}
         node.volumes.reconciling.set()
         async with asyncio.timeout(LIMIT):
             await exists(node.endpoint)
+        assert node.fetcher.held == set()
         assert node.volumes.calls == ["reconcile"]
 
 

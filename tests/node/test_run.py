@@ -7,7 +7,6 @@ import pty
 import re
 import resource
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,39 +14,18 @@ from pathlib import Path
 import pytest
 
 from tests import nixes
-from tests.nixes import NixEnv, host_busybox
-from tests.node.runs import GREETING, HELLO, REPOSITORY, Runs, quoted, script
-
-
-def _unmount_below(directory: Path) -> None:
-    """Whatever a broken run has mounted must not outlive its test."""
-    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
-        if (target := line.split()[4]).startswith(f"{directory}/"):
-            os.system(f"umount --lazy {quoted(Path(target))}")
-
-
-def _runs(suite: str) -> Iterator[Runs]:
-    if os.geteuid() != 0:
-        pytest.skip("cknix-csi run mounts file systems: run as root")
-    # On a disk: an overlay cannot be the upper layer of another.
-    directory = Path(tempfile.mkdtemp(prefix="cknix-run-", dir="/var/tmp")).resolve()
-    runs = Runs(NixEnv(nixes.nix(suite), directory))
-    try:
-        yield runs
-    finally:
-        runs.end()
-        _unmount_below(directory)
-        nixes.remove(directory)
+from tests.nixes import host_busybox
+from tests.node.runs import GREETING, HELLO, REPOSITORY, Runs, quoted, runs_with, script
 
 
 @pytest.fixture(params=nixes.selected(), ids=nixes.name_of)
 def with_each_nix(request: pytest.FixtureRequest) -> Iterator[Runs]:
-    yield from _runs(request.param.name)
+    yield from runs_with(request.param.name)
 
 
 @pytest.fixture
 def runs() -> Iterator[Runs]:
-    yield from _runs(nixes.selected()[0].name)
+    yield from runs_with(nixes.selected()[0].name)
 
 
 def test_the_demo_prints_its_greeting_and_the_second_time_builds_nothing(with_each_nix: Runs) -> None:

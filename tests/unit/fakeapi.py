@@ -47,7 +47,9 @@ class FakeApi(Api):
         found.update(copy.deepcopy(body))
         return copy.deepcopy(found)
 
-    async def watch(self, path: str, *, resource_version: str, timeout: float) -> AsyncIterator[WatchEvent]:
+    async def watch(
+        self, path: str, *, resource_version: str, timeout: float, query: Mapping[str, str] | None = None
+    ) -> AsyncIterator[WatchEvent]:
         self._asked("WATCH", path)
         while True:
             event = await self.watched.get()

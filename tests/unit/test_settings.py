@@ -56,6 +56,7 @@ def test_the_controller_needs_no_settings() -> None:
         cache_host="0.0.0.0",
         cache_port=8080,
         max_builds=4,
+        node_name=platform.node(),
         log_level="info",
     )
 

@@ -1,0 +1,60 @@
+"""What `nix build --file . manifestYAML` makes applies to an empty cluster, whichever Nix made it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import nixes
+from tests.api.server import REPOSITORY, Server
+from tests.nixes import NixEnv, Suite
+
+IMAGE = "registry.example/cknix-csi:1.2.3"
+
+
+@pytest.fixture
+def empty_cluster() -> Iterator[Server]:
+    """etcd and kube-apiserver as they start, without anything of ours."""
+    directory = Path(tempfile.mkdtemp(prefix="cknix-empty-"))
+    server = Server(directory)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("suite", nixes.selected(), ids=nixes.name_of)
+def test_the_manifest_applies_to_an_empty_cluster(empty_cluster: Server, suite: Suite, tmp_path: Path) -> None:
+    env = NixEnv(nixes.nix(suite.name), tmp_path / "nix")
+    try:
+        link = tmp_path / "manifest"
+        env.run(
+            *("nix", "build", "--file", REPOSITORY, "manifestYAML", "--argstr", "imageRef", IMAGE),
+            *("--impure", "--out-link", link),
+        )
+        manifest = env.physical(str(link.readlink())).read_text()
+    finally:
+        env.destroy()
+
+    empty_cluster.kubectl("apply", "-f", "-", stdin=manifest)
+
+    kinds = "namespace/cknix-system crd/expressions.cknix.cool csidriver/csi.cknix.cool".split()
+    empty_cluster.kubectl("get", *kinds)
+    workloads = json.loads(empty_cluster.kubectl("get", "-n", "cknix-system", "deploy,ds", "-o", "json"))["items"]
+    images = {item["kind"]: item["spec"]["template"]["spec"]["containers"][0]["image"] for item in workloads}
+    assert images == {"Deployment": IMAGE, "DaemonSet": IMAGE}
+    again = empty_cluster.kubectl("apply", "-f", "-", stdin=manifest)
+    assert {line.split()[-1] for line in again.splitlines()} == {"unchanged"}
+
+
+def test_every_example_is_accepted(empty_cluster: Server) -> None:
+    empty_cluster.kubectl("apply", "-f", str(REPOSITORY / "yaml"))
+    for example in sorted((REPOSITORY / "yaml/test").glob("*.yaml")):
+        empty_cluster.kubectl("apply", "--dry-run=server", "-f", str(example))
