@@ -69,6 +69,7 @@ class Server:
             f"--secure-port={self._port}",
             f"--cert-dir={self._directory / 'certificates'}",
             "--authorization-mode=Node,RBAC",
+            "--allow-privileged=true",
             f"--token-auth-file={self._directory / 'tokens.csv'}",
             "--service-cluster-ip-range=10.96.0.0/16",
             "--service-account-issuer=https://kubernetes.default.svc",

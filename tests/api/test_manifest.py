@@ -45,7 +45,7 @@ def test_the_manifest_applies_to_an_empty_cluster(empty_cluster: Server, suite: 
 
     empty_cluster.kubectl("apply", "-f", "-", stdin=manifest)
 
-    kinds = "namespace/cknix-system crd/expressions.cknix.cool csidriver/csi.cknix.cool".split()
+    kinds = ["namespace/cknix-system", "crd/expressions.cknix.cool", "csidriver/csi.cknix.cool"]
     empty_cluster.kubectl("get", *kinds)
     workloads = json.loads(empty_cluster.kubectl("get", "-n", "cknix-system", "deploy,ds", "-o", "json"))["items"]
     images = {item["kind"]: item["spec"]["template"]["spec"]["containers"][0]["image"] for item in workloads}
@@ -56,5 +56,7 @@ def test_the_manifest_applies_to_an_empty_cluster(empty_cluster: Server, suite: 
 
 def test_every_example_is_accepted(empty_cluster: Server) -> None:
     empty_cluster.kubectl("apply", "-f", str(REPOSITORY / "yaml"))
+    # Elsewhere the controller manager, which does not run here, makes it.
+    empty_cluster.kubectl("create", "serviceaccount", "default")
     for example in sorted((REPOSITORY / "yaml/test").glob("*.yaml")):
         empty_cluster.kubectl("apply", "--dry-run=server", "-f", str(example))

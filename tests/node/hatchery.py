@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import signal
@@ -19,6 +20,19 @@ from typing import Any
 
 from tests.api.server import REPOSITORY
 
+_MODULES = (
+    "cknix_csi.cli",
+    "cknix_csi.csi.daemon",
+    "cknix_csi.kube.cacheconfig",
+    "cknix_csi.kube.client",
+    "cknix_csi.kube.controllerplace",
+    "cknix_csi.kube.expressions",
+    "cknix_csi.nix.fetcher",
+    "cknix_csi.serve",
+    "cknix_csi.volumes.volumes",
+    "kubernetes_asyncio.client",
+    "kubernetes_asyncio.config",
+)
 _CLONE_NEWNS = 0x20000
 _PR_SET_PDEATHSIG = 1
 
@@ -85,23 +99,13 @@ class Hatchery:
 
 
 def main() -> None:
-    _import_all()
+    for module in _MODULES:
+        importlib.import_module(module)
     gc.freeze()
     for line in sys.stdin:
         question, *arguments = json.loads(line)
         answer = _fork(*arguments) if question == "start" else _poll(*arguments)
         print(json.dumps(answer), flush=True)
-
-
-def _import_all() -> None:
-
-    import cknix_csi.cli
-    import cknix_csi.csi.daemon
-    import cknix_csi.kube.client
-    import cknix_csi.kube.expressions
-    import cknix_csi.nix.fetcher
-    import cknix_csi.serve
-    import cknix_csi.volumes.volumes  # noqa: F401
 
 
 def _poll(pid: int) -> int | None:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ class Source:
 
     env: NixEnv
     results: dict[str, str]
+    _closures: dict[str, frozenset[str]] = field(default_factory=dict)
 
     @classmethod
     def build(cls, nix: NixVersion, directory: Path) -> Source:
@@ -85,7 +86,9 @@ class Source:
             raise AttributeError(name) from None
 
     def closure(self, path: str) -> set[str]:
-        return set(self.env.lines("nix-store", "--query", "--requisites", path))
+        if path not in self._closures:
+            self._closures[path] = frozenset(self.env.lines("nix-store", "--query", "--requisites", path))
+        return set(self._closures[path])
 
     @contextmanager
     def one_bit_flipped(self, file: str) -> Iterator[None]:
@@ -505,11 +508,13 @@ def require_exactly(volume: Path, source: Source, path: str) -> None:
     """*volume* shows exactly the closure of *path*, as it is where it was built, and says so in its database."""
     closure = source.closure(path)
     assert {f"/nix/store/{name}" for name in os.listdir(volume / "store") if name != ".links"} == closure
-    for each in closure:
-        name = each.removeprefix("/nix/store/")
-        compare = ["diff", "--recursive", "--no-dereference", source.env.physical(each), volume / "store" / name]
-        done = subprocess.run(compare, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    script = 'for name; do diff --recursive --no-dereference "$from/$name" "$to/$name"; done'
+    names = [each.removeprefix("/nix/store/") for each in closure]
+    places = {"from": str(source.env.physical("/nix/store")), "to": str(volume / "store"), "PATH": os.environ["PATH"]}
+    compare = subprocess.run(
+        ["sh", "-c", script, "sh", *names], env=places, capture_output=True, text=True, check=False
+    )
+    assert compare.stdout + compare.stderr == ""
     assert os.readlink(volume / "var/result") == path
     with closing(sqlite3.connect(":memory:")) as opened:
         opened.deserialize((volume / "var/nix/db/db.sqlite").read_bytes())
