@@ -23,12 +23,11 @@ _ENTER = 'mount --bind "$1" /nix && printf . > "$2" && shift 2 && exec "$@"'
 class Child:
     """One command, started by :meth:`run`."""
 
-    def __init__(self, argv: Sequence[str], environment: Mapping[str, str], umask: int) -> None:
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
         """Without *argv* it is the user's shell."""
         self._argv = tuple(argv) or (environment.get("SHELL") or "/bin/sh",)
         path = environment.get("PATH") or os.defpath
         self._environment = {**environment, "PATH": f"{RESULT_BIN}:{path}"}
-        self._umask = umask
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -61,7 +60,6 @@ class Child:
                     *("sh", "-c", _ENTER, "cknix", str(volume), str(fifo), *self._argv),
                     env=self._environment,
                     pass_fds=(lock,),
-                    umask=self._umask,
                 )
                 code = await self._process.wait()
             finally:

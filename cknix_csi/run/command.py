@@ -62,9 +62,7 @@ def run(options: Options, environment: Mapping[str, str]) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="cknix: %(levelname)s %(name)s: %(message)s")
     # What the node service refuses is this program's own last line.
     logging.getLogger("cknix_csi.csi.rpc").setLevel(logging.ERROR)
-    # What is made here is for the command as well, whoever it runs as.
-    umask = os.umask(0o022)
-    child = Child(options.argv, environment, umask)
+    child = Child(options.argv, environment)
     with signals.held(), explained(f"work in the data root {settings.data_root}"):
         settings.data_root.mkdir(parents=True, exist_ok=True)
         _prepare_process()

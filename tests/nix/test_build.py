@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +23,8 @@ from tests.nixes import NixEnv, NixVersion
 
 PACKAGES = "(import <cknix-demo> { })"
 ROOT = Path(__file__).parents[2]
+# How long a builder sleeps, by which its processes are found: of this run and this test alone.
+markers = (f"{os.getpid()}{number:04}" for number in itertools.count())
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +181,7 @@ async def test_a_store_path_that_is_there_is_good_at_once(room: Room) -> None:
 
 
 async def test_a_build_that_never_ends_is_stopped_with_its_builder(room: Room) -> None:
-    marker = "424201"
+    marker = next(markers)
     endless = build("endless", f"echo working; mkdir $out; sleep {marker}")
     with pytest.raises(DeadlineExceeded) as caught:
         await room.build(endless, build_timeout=3.0)
@@ -189,7 +193,7 @@ async def test_a_build_that_never_ends_is_stopped_with_its_builder(room: Room) -
 
 async def test_a_cancelled_build_leaves_nothing_running_and_nothing_locked(room: Room, tmp_path: Path) -> None:
     """The same derivation is built at once by the next who asks."""
-    marker = "424202"
+    marker = next(markers)
     expr = build("twice", f"mkdir $out; sleep {marker} & sleep {marker}; exit 1")
     evaluation = await room.evaluate(expr)
     task = asyncio.create_task(room.nix().build(evaluation, progress=lambda _: None))
@@ -209,7 +213,7 @@ async def test_a_cancelled_build_leaves_nothing_running_and_nothing_locked(room:
 
 async def test_a_build_whose_nix_was_killed_does_not_block_the_next(room: Room) -> None:
     """What a restarted controller finds."""
-    marker = "424203"
+    marker = next(markers)
     evaluation = await room.evaluate(build("killed-nix", f"mkdir $out; sleep {marker}; exit 1"))
     task = asyncio.create_task(room.nix().build(evaluation, progress=lambda _: None))
     await until_building(f"sleep\0{marker}")

@@ -105,9 +105,11 @@ def test_environment_directory_and_umask_are_the_callers(runs: Runs) -> None:
     assert ran.out.splitlines() == ["good day", "/usr/share", "0027", f"/nix/var/result/bin:{runs.environ['PATH']}"]
 
 
-def test_a_callers_strict_umask_does_not_close_the_volume_to_others(runs: Runs) -> None:
+@pytest.mark.parametrize("mode", [(), ("--writable",)], ids=["read-only", "writable"])
+def test_a_callers_strict_umask_does_not_close_the_volume_to_others(runs: Runs, mode: tuple[str, ...]) -> None:
     as_nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/nix/var/result/bin/hello")
-    ran = runs(*as_nobody, before=("sh", "-c", 'umask 077; exec "$@"', "sh"))
+    strict = ("sh", "-c", 'umask 077; exec "$@"', "sh")
+    ran = runs(*as_nobody, options=("-f", str(HELLO), *mode), before=strict)
     assert ran.code == 0, ran.err
     assert GREETING in ran.out
 
@@ -189,6 +191,26 @@ def test_results_are_the_garbage_collectors_once_no_run_uses_them(runs: Runs) ->
     assert during.out.count(GREETING) == 2
     runs.env.run("nix-store", "--gc")
     assert list((runs.data_root / "nix/store").glob("*-hello")) == []
+
+
+def test_a_machine_that_shares_its_mounts_sees_none_of_ours(runs: Runs) -> None:
+    ready, go = runs.env.directory / "ready", runs.env.directory / "go"
+    command = f"touch {quoted(ready)}; while [ ! -e {quoted(go)} ]; do sleep 0.05; done; hello"
+    lines = (
+        'before=$(cat /proc/self/mountinfo); "$@" &',
+        f"while [ ! -e {quoted(ready)} ]; do sleep 0.05; done",
+        'test "$(cat /proc/self/mountinfo)" = "$before"',
+        f"touch {quoted(go)}; wait $!",
+        'test "$(cat /proc/self/mountinfo)" = "$before"',
+    )
+    ran = runs(
+        "sh",
+        "-c",
+        command,
+        before=("timeout", "30", "unshare", "--mount", "--propagation", "shared", *script(*lines), "sh"),
+    )
+    assert ran.code == 0, ran.err
+    assert GREETING in ran.out
 
 
 def test_a_host_without_a_nix_directory_gets_an_empty_one(runs: Runs) -> None:

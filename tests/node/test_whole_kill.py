@@ -13,10 +13,10 @@ from grpclib.exceptions import GRPCError, StreamTerminatedError
 
 from tests.node.whole import Cluster, Source, WholeNode, require_exactly
 
-ROUNDS = 40
-SECONDS = 60.0
-"""After this long the rounds end, if there have been enough."""
+ROUNDS = 100
 ENOUGH = 30
+SECONDS = 35.0
+"""After this long the rounds end, if there have been enough."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,9 @@ async def test_a_daemon_killed_at_any_moment_is_taken_over_by_the_next(
         await asyncio.gather(*tasks)
         assert {resident: whole.mount_id(resident) for resident in residents} == mounted
         if dice.random() < 0.2:  # and in the middle of the start
-            with suppress(AssertionError):
-                starting = asyncio.create_task(whole.start())
-                await asyncio.sleep(0.3 * dice.random())
-                whole.kill()
-                await starting
-            whole.daemon = None
+            whole.launch()
+            await asyncio.sleep(0.3 * dice.random())
+            whole.kill()
         await whole.start()
         for begun in operations:
             deleted = dice.random() < 0.2  # the pod, meanwhile
@@ -102,4 +99,4 @@ async def test_a_daemon_killed_at_any_moment_is_taken_over_by_the_next(
     await whole.left_nothing()
     whole.end_children()  # of a daemon that was killed alone: what they fetch is theirs until they end
     whole.collect_garbage()
-    assert whole.registered_paths() == set()
+    assert source.chain not in whole.registered_paths()

@@ -290,10 +290,14 @@ class WholeNode:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment(**settings)
             )
 
-    async def start(self, **settings: str) -> None:
-        """Start the daemon and do what kubelet does when its registration socket appears."""
+    def launch(self, **settings: str) -> None:
+        """Start the daemon and do not wait for it."""
         assert self.daemon is None
         self.daemon = self._hatchery.start(self.namespace.path, self._log, self.environment(**settings))
+
+    async def start(self, **settings: str) -> None:
+        """Start the daemon and do what kubelet does when its registration socket appears."""
+        self.launch(**settings)
         await self.registered()
 
     async def registered(self) -> None:
