@@ -45,7 +45,10 @@ def main(wanted: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="cknix-ladder-") as directory:
         for rung in rungs:
             if rung in NEED_NIXES | NEED_COMPONENTS and preparation is not None:
-                _await(preparation)
+                if preparation.wait() != 0:
+                    _report(results, time.monotonic() - started, strict)
+                    print("what the other rungs need could not be built; see above", file=sys.stderr)
+                    return 1
                 preparation = None
             results.append(_climb(rung, Path(directory) / f"{rung}.xml"))
     return _report(results, time.monotonic() - started, strict)
@@ -64,11 +67,6 @@ def _prepare(rungs: Sequence[str]) -> subprocess.Popen[bytes] | None:
     return subprocess.Popen(["sh", "-ec", script], cwd=TESTS.parent, stdin=subprocess.DEVNULL)
 
 
-def _await(preparation: subprocess.Popen[bytes]) -> None:
-    if preparation.wait() != 0:
-        sys.exit("the components that the tests need could not be built; see above")
-
-
 def _climb(rung: str, report: Path) -> Result:
     print(f"\n━━━ {rung}", flush=True)
     started = time.monotonic()
@@ -85,19 +83,32 @@ def _climb(rung: str, report: Path) -> Result:
     ]
     code = subprocess.run(command, cwd=TESTS.parent, stdin=subprocess.DEVNULL, check=False).returncode
     seconds = time.monotonic() - started
-    if not report.exists():
-        return Result(rung, seconds, 0, 1, ())
-    suites = list(ET.parse(report).getroot().iter("testsuite"))
-    total = sum(int(suite.get("tests", 0)) for suite in suites)
-    failed = sum(int(suite.get("failures", 0)) + int(suite.get("errors", 0)) for suite in suites)
-    skipped = tuple(
-        f"{case.get('classname')}::{case.get('name')}: {reason.get('message')}"
-        for case in ET.parse(report).getroot().iter("testcase")
-        for reason in case.iter("skipped")
-    )
+    outcomes = _outcomes(report) if report.exists() else {}
+    skipped = tuple(f"{name}: {reason}" for name, (outcome, reason) in outcomes.items() if outcome == "skipped")
+    failed = sum(outcome == "failed" for outcome, _ in outcomes.values())
+    passed = len(outcomes) - failed - len(skipped)
+    # Any other end than "passed", "some failed" and "none collected" is a failure of its own.
     if code not in {0, 5}:
         failed = max(failed, 1)
-    return Result(rung, seconds, total - failed - len(skipped), failed, skipped)
+    return Result(rung, seconds, passed, failed, skipped)
+
+
+def _outcomes(report: Path) -> dict[str, tuple[str, str]]:
+    """Name of each test → passed, failed or skipped, and why, from a JUnit *report*.
+
+    A test that fails and whose teardown fails as well is there twice.
+    """
+    outcomes: dict[str, tuple[str, str]] = {}
+    for case in ET.parse(report).getroot().iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        skipped = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            outcomes[name] = ("failed", "")
+        elif skipped is not None:
+            outcomes.setdefault(name, ("skipped", skipped.get("message") or "without a reason"))
+        else:
+            outcomes.setdefault(name, ("passed", ""))
+    return outcomes
 
 
 def _report(results: Sequence[Result], seconds: float, strict: bool) -> int:
@@ -113,12 +124,12 @@ def _report(results: Sequence[Result], seconds: float, strict: bool) -> int:
         print(f"NOTHING RAN on {rung}")
     passed, failed = sum(result.passed for result in results), sum(result.failed for result in results)
     skipped = sum(len(result.skipped) for result in results)
-    print(f"in {seconds:.0f} s")
-    print(f"{passed} passed, {failed} failed, {skipped} skipped")
-    if strict and (skipped or empty):
+    refused = strict and bool(skipped or empty)
+    if refused:
         print("in CI a skipped test, and a rung on which nothing ran, is a failure")
-        return 1
-    return 1 if failed else 0
+    print(f"in {seconds:.0f} s")
+    print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
+    return 1 if failed or refused else 0
 
 
 if __name__ == "__main__":

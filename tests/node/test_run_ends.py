@@ -135,6 +135,39 @@ def test_in_a_terminal_the_command_gets_an_interrupt_once(runs: Runs) -> None:
     assert runs.traces() == {}
 
 
+_WHO_HAS_IT = """
+import os, signal
+from cknix_csi.run.signals import command_has_it
+def told():
+    return [command_has_it(number) for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)]
+print(told(), flush=True)
+if os.fork() == 0:
+    os.setpgid(0, 0)  # as a shell starts what it runs in the background
+    print(told(), flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_only_what_the_terminal_sends_to_all_counts_as_told() -> None:
+    command = [sys.executable, "-c", _WHO_HAS_IT]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(REPOSITORY)
+        os.execv(command[0], command)
+    shown = b""
+    with suppress(OSError):
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(terminal)
+    assert sorted(shown.decode().splitlines()) == ["[False, False, False, False]", "[True, True, False, False]"]
+    nowhere = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, start_new_session=True, check=True
+    )
+    assert set(nowhere.stdout.splitlines()) == {"[False, False, False, False]"}
+
+
 def test_what_the_caller_has_it_ignore_is_ignored(runs: Runs) -> None:
     ready, go = runs.env.directory / "ready", runs.env.directory / "go"
     lines = (f"touch {quoted(ready)}", f"while [ ! -e {quoted(go)} ]; do sleep 0.05; done", "hello")

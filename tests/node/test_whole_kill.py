@@ -15,7 +15,7 @@ from tests.node.whole import Cluster, Source, WholeNode, require_exactly
 
 ROUNDS = 100
 ENOUGH = 30
-SECONDS = 35.0
+SECONDS = 25.0
 """After this long the rounds end, if there have been enough."""
 
 
