@@ -74,9 +74,19 @@ def _directory(text: str) -> Path:
     return Path(text)
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    top = parser()
+    options, unknown = top.parse_known_args(arguments)
+    if unknown:
+        # An option of the command, taken for one of ours.
+        remedy = "; put -- before the command" if getattr(options, "argv", None) else ""
+        top.error(f"unrecognized arguments: {' '.join(unknown)}{remedy}")
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    options = parser().parse_args(arguments)
+    options = _parse(arguments)
     from cknix_csi.api.errors import CknixError  # noqa: PLC0415
 
     try:

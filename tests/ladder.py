@@ -41,7 +41,7 @@ def main(wanted: Sequence[str]) -> int:
     strict = os.environ.get("CI") == "true"
     started = time.monotonic()
     preparation = _prepare(rungs)
-    results = []
+    results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="cknix-ladder-") as directory:
         for rung in rungs:
             if rung in NEED_NIXES | NEED_COMPONENTS and preparation is not None:

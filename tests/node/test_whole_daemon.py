@@ -44,7 +44,7 @@ async def test_sigterm_ends_waiting_calls_and_fetches_at_once_and_leaves_mounts(
 ) -> None:
     await whole.start()
     await whole.publish("resident", storePath=source.hello)
-    mounted = whole.mount_id("resident")
+    mounted, before = whole.mount_id("resident"), whole.traces()
     cluster.cache.stall()
     waiting = asyncio.create_task(whole.publish(storePath=source.toolbox))
     await whole.eventually("Nix fetches", whole.children)
@@ -59,7 +59,7 @@ async def test_sigterm_ends_waiting_calls_and_fetches_at_once_and_leaves_mounts(
     assert not whole.endpoint.exists()
     assert not whole.registration.exists()
     assert whole.mount_id("resident") == mounted
-    assert [trace for trace in whole.traces() if "fetches" in trace or "v1" in trace] == []
+    assert whole.traces() == before
     cluster.cache.open()
     await whole.start()
     require_exactly(await whole.publish(storePath=source.toolbox), source, source.toolbox)

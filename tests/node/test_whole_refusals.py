@@ -13,7 +13,7 @@ KNOWN = "storePath, expression, flakeRef, expr, namespace, or a system such as x
 UNKNOWN_PATH = "/nix/store/00000000000000000000000000000000-x"
 OPTIONS = 'set one of "expression", "storePath" or a store path per system, for example x86_64-linux: "/nix/store/…"'
 
-ATTRIBUTES = {
+ATTRIBUTES: dict[str, tuple[dict[str, Any], str]] = {
     "a misspelt attribute": (
         {"expresion": "hello"},
         'volume attribute "expresion": is not known; did you mean "expression"?',

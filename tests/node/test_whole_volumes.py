@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+from typing import Any
 
 import pytest
 
@@ -20,7 +20,8 @@ async def test_volumes_show_exactly_their_closures_run_and_leave_nothing(
     await node.registered()
     read_only = await node.publish("ro", expression="hello")
     writable = await node.publish("rw", writable=True, storePath=source.toolbox)
-    by_system = await node.publish("sys", **{"x86_64-linux": source.wide, "aarch64-linux": source.file})
+    systems: dict[str, Any] = {"x86_64-linux": source.wide, "aarch64-linux": source.file}
+    by_system = await node.publish("sys", **systems)
     require_exactly(read_only, source, source.hello)
     require_exactly(writable, source, source.toolbox)
     require_exactly(by_system, source, source.wide)
@@ -96,30 +97,9 @@ async def test_an_administrators_garbage_collection_spares_what_is_mounted(whole
     await whole.publish("rw", writable=True, storePath=source.toolbox)
     await whole.unpublish("gone")
     whole.collect_garbage()
-    assert source.closure(source.toolbox) < whole.registered_paths() | {source.wide}
-    assert source.wide not in whole.registered_paths()
+    valid = whole.registered_paths()
+    assert source.closure(source.toolbox) <= valid
+    assert source.wide not in valid
     require_exactly(whole.shown("ro"), source, source.hello)
     require_exactly(whole.shown("rw"), source, source.toolbox)
     assert "Hello" in whole.run_in("rw", "hello")
-
-
-async def test_garbage_collections_at_any_moment_lose_no_volume(whole: WholeNode, source: Source) -> None:
-    await whole.start()
-    done = threading.Event()
-
-    def collect() -> int:
-        rounds = 0
-        while not done.is_set():
-            whole.collect_garbage()
-            rounds += 1
-        return rounds
-
-    collecting = asyncio.create_task(asyncio.to_thread(collect))
-    try:
-        for number in range(6):
-            path = (source.hello, source.file)[number % 2]
-            require_exactly(await whole.publish(storePath=path), source, path)
-            await whole.unpublish()
-    finally:
-        done.set()
-    assert await collecting >= 6

@@ -419,12 +419,12 @@ class WholeNode:
             return error.status.name, error.message or ""
         raise AssertionError(f"was not refused:\n{request}\n{self.log()}")
 
-    async def publish_retrying(self, volume: str = "v1", **attributes: str) -> Path:
+    async def publish_retrying(self, volume: str = "v1", **arguments: Any) -> Path:
         """As kubelet does: again while the answer is that it takes longer or cannot be told now."""
         deadline = time.monotonic() + LIMIT
         while True:
             try:
-                return await self.publish(volume, **attributes)
+                return await self.publish(volume, **arguments)
             except GRPCError as error:
                 if error.status not in {Status.ABORTED, Status.UNAVAILABLE} or time.monotonic() > deadline:
                     raise AssertionError(f"{error.status.name}: {error.message}\n{self.log()}") from error
@@ -443,7 +443,17 @@ class WholeNode:
         pod = self.directory / "pod-root"
         (pod / "nix").mkdir(parents=True, exist_ok=True)
         script = 'mount --rbind "$1" "$2/nix"; root=$2; shift 2; exec chroot "$root" "$@"'
-        inside = ("unshare", "--mount", "sh", "-euc", script, "sh", self.target(volume), pod, *argv)
+        inside: tuple[str | Path, ...] = (
+            "unshare",
+            "--mount",
+            "sh",
+            "-euc",
+            script,
+            "sh",
+            self.target(volume),
+            pod,
+            *argv,
+        )
         return self.namespace.run(*inside, env={"PATH": f"{os.environ['PATH']}:/usr/sbin:/nix/var/result/bin"})
 
     def admin(self, program: str, *arguments: str, check: bool = True) -> list[str]:

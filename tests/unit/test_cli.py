@@ -1,0 +1,128 @@
+"""The command line as a user meets it: help at once, mistakes told clearly, errors without a traceback."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cknix_csi import __version__, cli
+from cknix_csi.api.errors import CknixError, Invalid, Problem
+from cknix_csi.run import command
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "cknix_csi.cli", *arguments]
+    return subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_help_comes_at_once() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ran = _run("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ran.returncode == 0
+    # Processor time, so that a busy machine changes nothing.
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.3
+
+
+def test_help_imports_nothing_that_takes_long() -> None:
+    lines = (
+        "import sys",
+        "before = set(sys.modules)",
+        "from cknix_csi import cli",
+        "cli.parser().format_help()",
+        "print(*(set(sys.modules) - before))",
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    imported = {name.partition(".")[0] for name in ran.stdout.split()}
+    assert imported <= sys.stdlib_module_names | {"cknix_csi"}
+    assert "asyncio" not in imported
+
+
+def test_the_help_names_every_role_and_option() -> None:
+    top, run = _run("--help").stdout, _run("run", "--help").stdout
+    assert all(role in top for role in ("controller", "node", "run"))
+    options = ("--file FILE", "--expr TEXT", "--flake REF", "--store-path PATH", "--writable", "--data-root DIR", "-q")
+    assert all(option in run for option in options)
+    for role in ("controller", "node"):
+        assert _run(role, "--help").returncode == 0
+
+
+def test_the_version_is_the_packages() -> None:
+    assert _run("--version").stdout == f"cknix-csi {__version__}\n"
+    assert f'\nversion = "{__version__}"\n' in (REPOSITORY / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "the following arguments are required: COMMAND"),
+        (("rnu",), "invalid choice: 'rnu'"),
+        (("run",), "one of the arguments -f/--file --expr --flake --store-path is required"),
+        (("run", "-f"), "argument -f/--file: expected one argument"),
+        (("run", "-f", "a", "--expr", "b"), "argument --expr: not allowed with argument -f/--file"),
+        (("run", "--expr", "1", "--data-root", ""), "argument --data-root: is empty"),
+        (("run", "--expr", "1", "--writeable"), "unrecognized arguments: --writeable"),
+        (("run", "--expr", "1", "--write"), "unrecognized arguments: --write"),
+        (("run", "--expr", "1", "ls", "-l"), "unrecognized arguments: -l; put -- before the command"),
+        (("node", "--data-root", "x"), "unrecognized arguments: --data-root x"),
+    ],
+)
+def test_wrong_arguments_are_told_with_code_2(arguments: tuple[str, ...], words: str) -> None:
+    ran = _run(*arguments)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("usage: cknix-csi")
+    assert words in ran.stderr.splitlines()[-1]
+
+
+def test_everything_after_the_dashes_is_the_commands() -> None:
+    words = ["sh", "-c", "-q", "--", "--file", "x", ""]
+    options = cli.parser().parse_args(["run", "-f", "a.yaml", "-q", "--writable", "--", *words])
+    assert options.argv == words
+    assert (options.file, options.quiet, options.writable) == (Path("a.yaml"), True, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (CknixError("no"), 1, ["cknix-csi run: no"]),
+        (
+            Invalid([Problem("spec.a", "is bad"), Problem("spec.b", "is worse")]),
+            2,
+            ["cknix-csi run: spec.a: is bad", "cknix-csi run: spec.b: is worse"],
+        ),
+        (KeyboardInterrupt(), 130, []),
+    ],
+)
+def test_an_error_is_one_line_per_problem(
+    error: BaseException,
+    code: int,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(command, "run", fail)
+    assert cli.main(["run", "--expr", "1"]) == code
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+@pytest.mark.parametrize("role", ["controller", "node"])
+def test_bad_settings_of_a_role_are_all_told(role: str) -> None:
+    program = [sys.executable, "-m", "cknix_csi.cli", role]
+    environ = {"CKNIX_DATA_ROOT": "x", "CKNIX_LOG_LEVEL": "loud"}
+    ran = subprocess.run(program, cwd=REPOSITORY, env=environ, capture_output=True, text=True, check=False, timeout=60)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines() == [
+        f"cknix-csi {role}: environment variable CKNIX_DATA_ROOT: 'x' is not an absolute path",
+        f"cknix-csi {role}: environment variable CKNIX_LOG_LEVEL: 'loud' is not one of debug, info, warning, error",
+    ]
