@@ -52,12 +52,13 @@ def node(environment: Mapping[str, str]) -> int:
     return 0
 
 
-def nix_of(settings: NixSettings) -> Nix:
-    """The Nix of one data root."""
+def nix_of(settings: NixSettings, options_of_nix: Mapping[str, str] | None = None) -> Nix:
+    """The Nix of one data root, with *options_of_nix* over those of nix.conf."""
     options = NixOptions(
         home=settings.data_root / "home",
         search_path=search_path(),
         restrict_eval=settings.restrict_eval,
+        settings=options_of_nix or {},
         eval_timeout=settings.eval_timeout,
         build_timeout=settings.build_timeout,
         fetch_timeout=settings.fetch_timeout,

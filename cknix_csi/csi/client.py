@@ -37,10 +37,10 @@ async def published(
                 )
             )
             yield
-        except GRPCError as error:
-            raise CknixError(error.message or error.status.name, code=_code(error)) from None
         finally:
             await node.NodeUnpublishVolume(NodeUnpublishVolumeRequest(volume_id=volume_id, target_path=str(target)))
+    except GRPCError as error:
+        raise CknixError(error.message or error.status.name, code=_code(error)) from None
     finally:
         channel.close()
 

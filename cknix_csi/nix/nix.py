@@ -22,6 +22,7 @@ from typing import Any
 from cknix_csi.api.errors import (
     BuildFailed,
     CknixError,
+    Code,
     DeadlineExceeded,
     EvaluationFailed,
     OutOfSpace,
@@ -53,6 +54,8 @@ class NixOptions:
     what is *hidden* is out of reach for flakes as well."""
     hidden: tuple[Path, ...] = (Path("/var/run/secrets"), Path("/run/secrets"))
     """Directories that nothing evaluated may see: the service account's token."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Options of Nix for evaluation and builds, over those of nix.conf."""
     eval_timeout: float = 300.0
     build_timeout: float = 3600.0
     fetch_timeout: float = 1800.0
@@ -105,7 +108,9 @@ class Nix:
         log = Log(progress)
         timeout = self._options.build_timeout
         try:
-            command = self._on_this_store(["nix-store", "--realise", *targets, *_LOGGING])
+            command = self._on_this_store(
+                ["nix-store", "--realise", *targets, *_LOGGING, *_as_arguments(self._options.settings)]
+            )
             completed = await self._run(contained(command), log, timeout)
         except TimeoutError:
             raise DeadlineExceeded(
@@ -122,7 +127,8 @@ class Nix:
     async def substitute(self, path: StorePath, caches: Sequence[CacheEndpoint], *, progress: OnProgress) -> None:
         """Fetch the closure of *path* from *caches* (and those of nix.conf), believing only their signatures.
 
-        Raises :class:`CacheUnavailable`, :class:`PathUntrusted`, :class:`NotFound` or :class:`DeadlineExceeded`.
+        Raises :class:`CacheUnavailable`, :class:`PathUntrusted`, :class:`NotFound`, :class:`OutOfSpace` or
+        :class:`DeadlineExceeded`; and UNAVAILABLE when it has been collected again already.
         """
         log = Log(progress)
         urls = [cache.url for cache in caches]
@@ -150,8 +156,15 @@ class Nix:
                 f"{humanise(timeout)} and was stopped; "
                 "raise CKNIX_FETCH_TIMEOUT if it needs longer"
             ) from None
-        if completed.code == 0 and await asyncio.to_thread(database.is_valid, self.store, path):
-            return
+        if completed.code == 0:
+            if await asyncio.to_thread(database.is_valid, self.store, path):
+                return
+            # A collector that read the roots before the path was valid has skipped the one that waits for it.
+            raise CknixError(
+                f"{path} was fetched, and collected at once by a garbage collection on this node; kubelet will retry",
+                code=Code.UNAVAILABLE,
+                reason="PathCollected",
+            )
         _raise_if_full(log.error, self.store)
         raise fetch_error(path, urls, log.errors, log.warnings)
 
@@ -167,6 +180,7 @@ class Nix:
             "tarball-ttl": "0",
             # A flake's own nixConfig could name another sandbox or a hook.
             "accept-flake-config": "false",
+            **self._options.settings,
         }
         command = ["nix", "eval", "--json", "--apply", apply, "--log-format", "internal-json", *arguments]
         command = [*self._on_this_store(command), *_as_arguments(options), *installables]

@@ -100,6 +100,10 @@ def _prepare_process() -> None:
         orphans.adopt()
 
 
+# A laptop may have no network: substituters that do not answer are given up soon, and everything is built here.
+_PATIENCE = {"connect-timeout": "5", "download-attempts": "2", "fallback": "true"}
+
+
 class _Run:
     def __init__(
         self, settings: NixSettings, own: Scratch, options: Options, child: Child, *, name: str, spec: Spec
@@ -111,7 +115,7 @@ class _Run:
         self._spec = spec
         self._child = child
         self._report = Reporter(quiet=options.quiet)
-        self._nix = nix_of(settings)
+        self._nix = nix_of(settings, _PATIENCE)
         self._signalled: signal.Signals | None = None
 
     async def run(self) -> int:

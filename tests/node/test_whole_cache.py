@@ -75,6 +75,23 @@ async def test_a_path_that_the_cache_lacks_is_not_found_until_it_has_it(
     require_exactly(await node.publish(storePath=source.hello), source, source.hello)
 
 
+async def test_a_path_that_is_collected_as_soon_as_it_is_fetched_is_fetched_again(
+    whole: WholeNode, source: Source
+) -> None:
+    real = whole.nix.nix.program("nix-store")
+    collector = f"{real} --gc --store 'local?root={whole.data}'"
+    # As a collection that had looked for roots before the path was valid.
+    whole.wrap("nix-store", f'{real} "$@" && rm -r {whole.data}/nix/var/nix/gcroots/cknix && {collector}')
+    await whole.start()
+    assert await whole.refused(storePath=source.file) == (
+        "UNAVAILABLE",
+        f"{source.file} was fetched, and collected at once by a garbage collection on this node; kubelet will retry",
+    )
+    await whole.left_nothing()
+    whole.wrap("nix-store", f'exec {real} "$@"')
+    require_exactly(await whole.publish(storePath=source.file), source, source.file)
+
+
 async def test_a_cache_that_stalls_is_waited_for_within_the_budget_and_given_up_within_the_timeout(
     whole: WholeNode, cluster: Cluster, source: Source
 ) -> None:

@@ -259,12 +259,15 @@ class WholeNode:
         self.daemon: subprocess.Popen[bytes] | Hatched | None = None
 
     def _write_nix_wrappers(self, directory: Path) -> None:
-        """Programs that leave a line in a file before they become the real ones."""
         directory.mkdir()
         for program in self.nix.nix.bin_dir.iterdir():
-            wrapper = directory / program.name
-            wrapper.write_text(f'#!/bin/sh\necho "{program.name} $*" >> {self._nix_log}\nexec {program} "$@"\n')
-            wrapper.chmod(0o755)
+            self.wrap(program.name, f'exec {program} "$@"')
+
+    def wrap(self, program: str, script: str) -> None:
+        """Let *script* be what the daemon runs as *program* of Nix, after a line in the file of :meth:`nix_calls`."""
+        wrapper = self.directory / "bin" / program
+        wrapper.write_text(f'#!/bin/sh\necho "{program} $*" >> {self._nix_log}\n{script}\n')
+        wrapper.chmod(0o755)
 
     # The daemon
 
