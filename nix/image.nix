@@ -16,7 +16,13 @@ nix2container.buildImage {
     name = "cknix-root";
     paths = [
       # A user database, TLS roots where every program looks for them, and /bin/sh.
-      dockerTools.fakeNss
+      (dockerTools.fakeNss.override {
+        # What Nix builds as: users who own nothing.
+        extraGroupLines = [ "nixbld:x:30000:${lib.concatMapStringsSep "," (n: "nixbld${toString n}") (lib.range 1 32)}" ];
+        extraPasswdLines = map (
+          n: "nixbld${toString n}:x:${toString (30000 + n)}:30000:Nix build user ${toString n}:/var/empty:/noshell"
+        ) (lib.range 1 32);
+      })
       dockerTools.caCertificates
       dockerTools.binSh
       cknix-csi

@@ -67,7 +67,8 @@ class Operator:
             groups = (await self._api.get("/apis")).get("groups") or []
             if any(group.get("name") == GROUP for group in groups):
                 resources = (await self._api.get(f"/apis/{GROUP}/{VERSION}")).get("resources") or []
-                if any(resource.get("name") == PLURAL for resource in resources):
+                # Without "patch" the CRD is being deleted: kopf would take that for all time.
+                if any(found.get("name") == PLURAL and "patch" in (found.get("verbs") or ()) for found in resources):
                     return
             await asyncio.sleep(1.0)
 

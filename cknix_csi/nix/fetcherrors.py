@@ -38,10 +38,15 @@ def fetch_error(path: StorePath, urls: Sequence[str], errors: Sequence[str], war
                 "ConfigMap and the Secret of the cache, or repair the store it serves"
             )
     for words in _UNREACHABLE:
-        if found := _with(said, words):
+        if found := _with([message for message in said if any(url in message for url in urls)], words):
             return CacheUnavailable(f"{path} is not on this node and {asked} could not deliver it: {found}")
+    for words in _UNREACHABLE:
+        if urls and (found := _with(said, words)):
+            return CacheUnavailable(
+                f"{path} is not on this node, {asked} does not have it, and another cache could not be asked: {found}"
+            )
     if not urls:
-        return CacheUnavailable(f"{path} is not on this node and {asked} do not have it")
+        return CacheUnavailable(f"{path} is not on this node; {asked} do not have it")
     return NotFound(
         f"{path} is not on this node, and {asked} does not have it; build it there, or correct the store path",
         reason="PathNotFound",

@@ -30,7 +30,7 @@ from cknix_csi.api.errors import (
 from cknix_csi.api.expression import FLAKE_REF_PATTERN, Data
 from cknix_csi.api.progress import Progress, humanise
 from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
-from cknix_csi.nix import database, process
+from cknix_csi.nix import database, localflakes, process
 from cknix_csi.nix.confine import confined, contained
 from cknix_csi.nix.fetcherrors import fetch_error
 from cknix_csi.nix.log import Log
@@ -86,10 +86,17 @@ class Nix:
             return Evaluation(StorePath.parse(data.text))
         if data.kind == "flakeRef":
             _require_flake_ref(data.text)
+            arguments = ["--no-write-lock-file"]
+            if self._options.restrict_eval:
+                # An input that the lock file does not pin could name any file of this machine.
+                arguments = ["--no-update-lock-file"]
+                if reason := localflakes.refused(data.text, [self._options.home, self.store.state.parents[2]]):
+                    raise EvaluationFailed(f"flakeRef {data.text!r} is refused: {reason}")
             # Nothing that follows "--" can be an option.
-            description = await self._describe(["--no-write-lock-file"], ["--", data.text], system, {})
+            description = await self._describe(arguments, ["--", data.text], system, {})
         else:
-            with tempfile.TemporaryDirectory(prefix="cknix-eval-") as temporary:
+            scratch = await asyncio.to_thread(self._scratch)
+            with tempfile.TemporaryDirectory(prefix="cknix-eval-", dir=scratch) as temporary:
                 # A path such as ./. becomes a store path with the directory's name, which must always be the same.
                 directory = Path(temporary) / "expr"
                 file = directory / "expr.nix"
@@ -98,7 +105,8 @@ class Nix:
                 for name, path in self._options.search_path.items():
                     arguments += ["-I", f"{name}={path}"]
                 if self._options.restrict_eval:
-                    arguments += ["--option", "restrict-eval", "true"]
+                    # getFlake and fetchTree copy files of this machine to the store before they are refused.
+                    arguments += ["--option", "restrict-eval", "true", "--option", "experimental-features", ""]
                 description = await self._describe(arguments, [], system, {str(file): "expr", str(directory): "expr"})
         return _evaluation(data, description)
 
@@ -183,7 +191,8 @@ class Nix:
             **self._options.settings,
         }
         command = ["nix", "eval", "--json", "--apply", apply, "--log-format", "internal-json", *arguments]
-        command = [*self._on_this_store(command), *_as_arguments(options), *installables]
+        features = "nix-command" if self._options.restrict_eval and not installables else "nix-command flakes"
+        command = [*self._on_this_store(command, features), *_as_arguments(options), *installables]
         directory = None
         if self._options.restrict_eval:
             command = confined(command, self._options.hidden)
@@ -199,15 +208,19 @@ class Nix:
         except process.OutputTooLarge as error:
             raise EvaluationFailed(f"the evaluation wrote {error}") from None
         if completed.code != 0:
-            message = readable(self._readable(log.failure), renames) or f"nix eval ended with code {completed.code}"
+            message = readable(self._readable(log.failure), renames)
+            if self._options.restrict_eval:
+                # Whoever knew the path could mount it, whatever of this machine was copied there.
+                message = _SOURCE.sub(f"{STORE_DIR}/…-source", message)
+            message = message or f"nix eval ended with code {completed.code}"
             _raise_if_full(message, self.store)
             raise EvaluationFailed(message)
         description = json.loads(completed.stdout)
         assert isinstance(description, dict)
         return description
 
-    def _on_this_store(self, command: list[str]) -> list[str]:
-        argv = [*command, "--store", self.store.uri, "--extra-experimental-features", "nix-command flakes"]
+    def _on_this_store(self, command: list[str], features: str = "nix-command flakes") -> list[str]:
+        argv = [*command, "--store", self.store.uri, "--extra-experimental-features", features]
         return argv if _has_build_users() else [*argv, "--option", "build-users-group", ""]
 
     async def _run(
@@ -215,24 +228,31 @@ class Nix:
     ) -> process.Completed:
         """Run *argv* in *directory*, which is made, or where this program was started."""
         try:
-            for needed in (self._options.home, directory):
-                if needed is not None:
-                    await asyncio.to_thread(needed.mkdir, mode=0o700, parents=True, exist_ok=True)
+            await asyncio.to_thread(self._scratch)
+            if directory is not None:
+                await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True, exist_ok=True)
             return await process.run(argv, env=self._environment(), deadline=deadline, on_line=log.feed, cwd=directory)
         except FileNotFoundError as error:
             raise CknixError(f"{error.filename} was not found; is Nix on PATH?", reason="NixNotFound") from None
+
+    def _scratch(self) -> Path:
+        """Where Nix and we keep temporary files: what others build is not for everybody in ``/tmp``."""
+        scratch = self._options.home / "tmp"
+        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return scratch
 
     def _readable(self, message: str) -> str:
         return readable(message, {str(self.store.physical): STORE_DIR})
 
     def _environment(self) -> dict[str, str]:
-        inherited = ("PATH", "NIX_PATH", "NIX_CONF_DIR", "NIX_SSL_CERT_FILE", "SSL_CERT_FILE", "LANG", "TMPDIR")
+        inherited = ("PATH", "NIX_PATH", "NIX_CONF_DIR", "NIX_SSL_CERT_FILE", "SSL_CERT_FILE", "LANG")
         proxies = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
         names = (*inherited, *proxies, *(name.upper() for name in proxies))
         environment = {name: os.environ[name] for name in names if name in os.environ}
         return {
             **environment,
             "HOME": str(self._options.home),
+            "TMPDIR": str(self._options.home / "tmp"),
             "XDG_CACHE_HOME": str(self._options.home / "cache"),
             "XDG_CONFIG_HOME": str(self._options.home / "config"),
             "XDG_DATA_HOME": str(self._options.home / "data"),
@@ -248,6 +268,7 @@ def installed() -> bool:
 _MAX_FULL_CHARACTERS = 240
 # Bytes; with less than this SQLite cannot even map its -shm file.
 _LITTLE = 64 * 1024
+_SOURCE = re.compile(rf"{STORE_DIR}/[0-9a-z]{{32}}-source")
 _LOGGING = ("--log-format", "internal-json", "-v")
 
 

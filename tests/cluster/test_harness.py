@@ -162,10 +162,10 @@ def test_pods_survive_a_restart_of_kubelet(cluster: Cluster, applied: Applied) -
 
 def test_what_a_node_keeps_under_var_lib_is_its_own(cluster: Cluster) -> None:
     for node in cluster.nodes:
-        node.exec(["sh", "-c", f"mkdir -p /var/lib/cknix && echo {node.name} > /var/lib/cknix/whose"])
+        node.exec(["sh", "-c", f"mkdir -p /var/lib/whose && echo {node.name} > /var/lib/whose/name"])
     for node in cluster.nodes:
-        assert (node.path("/var/lib/cknix/whose")).read_text() == f"{node.name}\n"
-        node.exec(["rm", "-r", "/var/lib/cknix"])
+        assert (node.path("/var/lib/whose/name")).read_text() == f"{node.name}\n"
+        node.exec(["rm", "-r", "/var/lib/whose"])
 
 
 def test_a_wait_in_vain_tells_what_there_is_to_see(cluster: Cluster, applied: Applied) -> None:

@@ -457,15 +457,17 @@ async def test_a_flakes_inputs_cannot_be_this_machines_secrets(
     assert not leaked(room)
 
 
-async def test_the_secrets_would_be_read_if_they_were_not_hidden(room: Room, secrets: Path, tmp_path: Path) -> None:
+async def test_the_secrets_would_be_copied_if_they_were_not_hidden(room: Room, secrets: Path, tmp_path: Path) -> None:
     """So that the tests above can fail."""
     reference = write_flake(
         tmp_path / "evil",
         f'{{ inputs.s = {{ url = "path:{secrets}/serviceaccount"; flake = false; }}; outputs = {{ self, s }}: '
         '{ a = throw "got ${builtins.readFile "${s}/token"}"; }; }',
     )
-    with pytest.raises(EvaluationFailed, match=f"got {TOKEN}"):
+    with pytest.raises(EvaluationFailed, match="lock file") as caught:
         await room.flake(f"{reference}#a", hidden=())
+    assert TOKEN not in caught.value.message
+    assert leaked(room)
     shutil.rmtree(room.env.root)  # the secret is in this module's store now
 
 

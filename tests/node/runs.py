@@ -79,7 +79,8 @@ class Runs:
     def start(self, *argv: str, options: Sequence[str] = ("-f", str(HELLO))) -> subprocess.Popen[str]:
         """Start it in a process group of its own; it is ended with the test."""
         process = subprocess.Popen(
-            self.command(*argv, options=options),
+            # Whoever runs these tests with nohup must not have the program ignore what they send it.
+            ["env", "--default-signal=HUP", *self.command(*argv, options=options)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -113,12 +113,20 @@ def application_layer(root: Path, project: Path, directory: Path) -> Layer:
     pip("wheel", "--quiet", "--no-deps", "--wheel-dir", wheels, project)
     (wheel,) = wheels.iterdir()
     zipfile.ZipFile(wheel).extractall(installed)  # all that installing is, here; pip would add the wheel's own path
-    return python_layer(directory / "application.tar", root, installed, add_program)
+    return python_layer(directory / "application.tar", root, installed, lambda layer: add_program(layer, root))
 
 
-def add_program(layer: LayerWriter) -> None:
-    """The program on PATH, and the directories that volumes are mounted on."""
+def add_program(layer: LayerWriter, root: Path) -> None:
+    """The program on PATH, the users that builds run as, and the directories that volumes are mounted on."""
     layer.file(recipe.PROGRAM, recipe.PROGRAM_TEXT.encode(), mode=0o755)
+    group, first = recipe.BUILD_GROUP, recipe.BUILD_GROUP_ID
+    names = [f"{group}{number}" for number in range(1, recipe.BUILD_USERS + 1)]
+    users = [
+        f"{name}:x:{first + number}:{first}:Nix build user {number}:/var/empty:/usr/sbin/nologin\n"
+        for number, name in enumerate(names, start=1)
+    ]
+    for file, lines in (("passwd", users), ("group", [f"{group}:x:{first}:{','.join(names)}\n"])):
+        layer.file(f"/etc/{file}", (root / "etc" / file).read_bytes() + "".join(lines).encode())
     for path in recipe.DIRECTORIES:
         layer.directory(path)
 

@@ -36,6 +36,10 @@ sys.exit(main())
 """
 DIRECTORIES = ("/nix", "/var/lib/cknix")
 
+BUILD_GROUP = "nixbld"  # what Nix builds as: users who own nothing
+BUILD_GROUP_ID = 30000
+BUILD_USERS = 32
+
 REFERENCE = "docker.io/library/cknix-csi:dev"
 CONFIG = {
     "Entrypoint": ["cknix-csi"],
