@@ -7,6 +7,9 @@
   cknix-csi,
   nix2container,
 }:
+let
+  buildUsers = builtins.genList (n: n + 1) 32;
+in
 nix2container.buildImage {
   name = "cknix-csi";
   tag = cknix-csi.version;
@@ -18,10 +21,12 @@ nix2container.buildImage {
       # A user database, TLS roots where every program looks for them, and /bin/sh.
       (dockerTools.fakeNss.override {
         # What Nix builds as: users who own nothing.
-        extraGroupLines = [ "nixbld:x:30000:${lib.concatMapStringsSep "," (n: "nixbld${toString n}") (lib.range 1 32)}" ];
+        extraGroupLines = [
+          "nixbld:x:30000:${builtins.concatStringsSep "," (map (n: "nixbld${toString n}") buildUsers)}"
+        ];
         extraPasswdLines = map (
           n: "nixbld${toString n}:x:${toString (30000 + n)}:30000:Nix build user ${toString n}:/var/empty:/noshell"
-        ) (lib.range 1 32);
+        ) buildUsers;
       })
       dockerTools.caCertificates
       dockerTools.binSh

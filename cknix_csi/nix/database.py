@@ -21,6 +21,8 @@ from cknix_csi.nix.store import Store
 SCHEMA_VERSION = "10"
 
 _BUSY_SECONDS = 10.0
+# In WAL mode SQLite makes an index beside the database even to read it: 32 KiB (sqlite.org/walformat.html).
+_FULL = {"SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"}
 
 _HASH = re.compile(rf"[0-9a-df-np-sv-z]{{{HASH_LENGTH}}}")
 
@@ -217,4 +219,9 @@ def _reading(store: Store) -> Iterator[sqlite3.Connection | None]:
             database.execute("BEGIN")
             yield database
     except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorname", "") in _FULL:
+            raise OutOfSpace(
+                f"the file system of the store {store.physical} is full, so that not even its database can be read "
+                f"({error}); free space there"
+            ) from error
         raise DatabaseUnreadable(f"the Nix database {store.database} cannot be read: {error}") from error

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 from cknix_csi.api.storepath import InvalidStorePath, StorePath
+from cknix_csi.nix.collector import tell_collector
 from cknix_csi.nix.store import Store
 
 _NEW = ".new"
@@ -23,13 +24,21 @@ class GcRoots:
     """
 
     def __init__(self, store: Store, owner: str) -> None:
+        self._store = store
         self._directory = store.gcroots / owner
         # remove() takes away empty directories under the feet of an add() in another thread.
         self._lock = threading.Lock()
 
     def add(self, name: str, path: StorePath) -> None:
-        """Root *path* under *name*, replacing what was there; durable when this returns."""
-        link = self._link(name)
+        """Root *path* under *name*, replacing what was there.
+
+        When this returns, the root is durable and holds also against a collection that began before; *path* may be gone
+        already: look it up afterwards.
+        """
+        self._link_to(self._link(name), path)
+        tell_collector(self._store, path)
+
+    def _link_to(self, link: Path, path: StorePath) -> None:
         with self._lock:
             try:
                 if os.readlink(link) == str(path):

@@ -44,7 +44,9 @@ let
     callPackage = file: args:
       let function = import file; in
       function (builtins.intersectAttrs (builtins.functionArgs function) pkgs // args);
-    dockerTools = everything [ "binSh" "caCertificates" "fakeNss" ];
+    dockerTools = everything [ "binSh" "caCertificates" ] // {
+      fakeNss.override = users: builtins.deepSeq users "fakeNss";
+    };
     fetchPypi = recorded "fetchPypi";
     lib = {
       fileset = {

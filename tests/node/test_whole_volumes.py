@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -103,3 +104,26 @@ async def test_an_administrators_garbage_collection_spares_what_is_mounted(whole
     require_exactly(whole.shown("ro"), source, source.hello)
     require_exactly(whole.shown("rw"), source, source.toolbox)
     assert "Hello" in whole.run_in("rw", "hello")
+
+
+async def test_garbage_collections_at_any_moment_lose_no_volume(any_nix: WholeNode, source: Source) -> None:
+    node = any_nix
+    await node.start()
+    collections = 0
+    done = threading.Event()
+
+    def collect() -> None:
+        nonlocal collections
+        while not done.is_set():
+            node.collect_garbage()
+            collections += 1
+
+    collecting = asyncio.create_task(asyncio.to_thread(collect))
+    try:
+        while collections < 12 and not collecting.done():
+            for path in (source.hello, source.file):
+                require_exactly(await node.publish_retrying(storePath=path), source, path)
+                await node.unpublish()
+    finally:
+        done.set()
+        await collecting

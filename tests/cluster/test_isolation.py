@@ -1,0 +1,51 @@
+"""What somebody who may create Expressions cannot reach: root, the inputs of others, the controller's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.cluster import driver
+from tests.cluster.harness import Cluster
+
+Apply = Callable[[str], None]
+
+PROBE = """\
+with import <cknix-demo> {};
+derivation {
+  name = "probe";
+  system = builtins.currentSystem;
+  builder = "${busybox}/bin/sh";
+  PATH = "${busybox}/bin";
+  args = [ "-c" ''
+    {
+      awk '{ print "outer user", $2 }' /proc/self/uid_map
+      (cat /proc/sys/kernel/core_pattern > /proc/sys/kernel/core_pattern) 2>/dev/null && echo kernel settings writable
+      (chmod u+w ${webroot} && touch ${webroot}/mine) 2>/dev/null && echo inputs writable
+      echo end
+    } > $out
+  '' ];
+}
+"""
+
+
+def test_a_build_is_not_root_and_changes_neither_its_inputs_nor_the_kernel(installed: Cluster, applied: Apply) -> None:
+    applied(driver.expression("probe", PROBE))
+    driver.built(installed, "probe")
+    applied(driver.pod("probe", {"expression": "probe"}, "cat /nix/var/result"))
+    user, *rest = driver.printed(installed, "probe").splitlines()
+    assert user.startswith("outer user ")
+    assert int(user.split()[-1]) > 30_000
+    assert rest == ["end"]
+
+
+def test_a_flake_reference_reads_no_file_of_the_controller(installed: Cluster, applied: Apply) -> None:
+    for directory in ("/etc", "/var/lib/cknix/controller/nix/var/nix/db", "/proc/self/root/etc"):
+        applied(driver.expression("spy", f"path:{directory}", kind="flakeRef"))
+        installed.wait(
+            f"{directory} is refused",
+            lambda directory=directory: (
+                f"'path:{directory}' is refused"
+                in installed.kubectl("get", "expr", "spy", "-o", "jsonpath={.status.message}")
+            ),
+            timeout=60,
+        )
