@@ -15,7 +15,7 @@ from cknix_csi.api.errors import CknixError
 from cknix_csi.nix.closures import StoreClosures
 from cknix_csi.nix.demo import search_path
 from cknix_csi.nix.gcroots import GcRoots
-from cknix_csi.nix.nix import Nix, NixOptions
+from cknix_csi.nix.nix import Nix, NixOptions, has_build_users
 from cknix_csi.nix.residence import clear_out, move_in
 from cknix_csi.nix.store import Store
 from cknix_csi.settings import (
@@ -76,6 +76,8 @@ async def _controller(settings: ControllerSettings, stop: asyncio.Event) -> None
     # Held until this process ends.
     await move_in(settings.nix.data_root, patience=_PATIENCE_SECONDS)
     nix = nix_of(settings.nix)
+    if not has_build_users():
+        _log.warning("there is no group nixbld with members: builds run as root, and can change their inputs")
 
     def serve(key: KeyPair) -> Coroutine[Any, Any, None]:
         return serve_cache(nix.store, key, host=settings.cache_host, port=settings.cache_port)

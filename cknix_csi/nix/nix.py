@@ -221,7 +221,7 @@ class Nix:
 
     def _on_this_store(self, command: list[str], features: str = "nix-command flakes") -> list[str]:
         argv = [*command, "--store", self.store.uri, "--extra-experimental-features", features]
-        return argv if _has_build_users() else [*argv, "--option", "build-users-group", ""]
+        return argv if has_build_users() else [*argv, "--option", "build-users-group", ""]
 
     async def _run(
         self, argv: list[str], log: Log, deadline: float, directory: Path | None = None
@@ -277,7 +277,7 @@ def _as_arguments(options: Mapping[str, str]) -> list[str]:
 
 
 @cache
-def _has_build_users() -> bool:
+def has_build_users() -> bool:
     """Root builds as the members of ``nixbld`` where they exist; Nix refuses to build when the group is missing."""
     try:
         return bool(grp.getgrnam("nixbld").gr_mem)

@@ -170,9 +170,11 @@ def _write_entry(path: str, name: str, original: os.stat_result, physical: str) 
 def _write_var(var: str, root: StorePath) -> None:
     """What a Nix client expects at /nix/var, ready for a collection inside the volume to keep *root*."""
     os.makedirs(f"{var}/nix/db")
-    os.mkdir(f"{var}/nix/profiles")
+    # A client on a read-only store gives up when it would have to make one of these.
+    os.makedirs(f"{var}/nix/profiles/per-user/root")
     os.mkdir(f"{var}/nix/temproots")
     os.makedirs(f"{var}/nix/gcroots/auto")
+    os.makedirs(f"{var}/nix/gcroots/per-user/root")
     os.symlink("/nix/var/nix/profiles", f"{var}/nix/gcroots/profiles")
     os.symlink(str(root), f"{var}/nix/gcroots/result")
     os.symlink(str(root), f"{var}/result")
