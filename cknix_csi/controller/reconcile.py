@@ -41,6 +41,7 @@ from cknix_csi.nix.nix import Evaluation
 
 REBUILD_ANNOTATION = f"{GROUP}/rebuild"
 _MAX_REBUILD = 128
+_MAX_LOGGED = 500
 
 # Trying again would end the same way: the user has something to change.
 FINAL = (Invalid, EvaluationFailed, BuildFailed, DeadlineExceeded, PathUntrusted, NotFound)
@@ -300,6 +301,7 @@ class Reconciliation:
             self._event("Normal", "ResultChanged", f"{after} is published; before it was {before}")
 
     def _event(self, type_: Any, reason: str, message: str) -> None:
+        _log.info("%s: %s: %s", self.wanted.subject, reason, " ".join(message.split())[:_MAX_LOGGED])
         self._services.events.post(self.wanted.subject, type_, reason, message)
 
 
