@@ -76,11 +76,13 @@ class Runs:
     def command(*argv: str, options: Sequence[str] = ("-f", str(HELLO))) -> list[str]:
         return [sys.executable, "-m", "cknix_csi.cli", "run", *options, *(["--", *argv] if argv else [])]
 
-    def start(self, *argv: str, options: Sequence[str] = ("-f", str(HELLO))) -> subprocess.Popen[str]:
-        """Start it in a process group of its own; it is ended with the test."""
+    def start(
+        self, *argv: str, options: Sequence[str] = ("-f", str(HELLO)), hangup: str = "default"
+    ) -> subprocess.Popen[str]:
+        """Start it in a process group of its own; it is ended with the test.  *hangup*: ``ignore``, as with nohup."""
         process = subprocess.Popen(
-            # Whoever runs these tests with nohup must not have the program ignore what they send it.
-            ["env", "--default-signal=HUP", *self.command(*argv, options=options)],
+            # Said each time, since these tests may run under nohup themselves.
+            ["env", f"--{hangup}-signal=HUP", *self.command(*argv, options=options)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

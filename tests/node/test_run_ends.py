@@ -171,11 +171,7 @@ def test_only_what_the_terminal_sends_to_all_counts_as_told() -> None:
 def test_what_the_caller_has_it_ignore_is_ignored(runs: Runs) -> None:
     ready, go = runs.env.directory / "ready", runs.env.directory / "go"
     lines = (f"touch {quoted(ready)}", f"while [ ! -e {quoted(go)} ]; do sleep 0.05; done", "hello")
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        run = runs.start(*script(*lines))
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    run = runs.start(*script(*lines), hangup="ignore")
     wait_until(ready.exists, "the command runs")
     run.send_signal(signal.SIGHUP)
     go.touch()
