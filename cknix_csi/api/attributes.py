@@ -6,13 +6,13 @@ its value and the remedy.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cknix_csi.api.errors import Invalid, Problem
 from cknix_csi.api.storepath import InvalidStorePath, StorePath
+from cknix_csi.api.suggest import nearest
 from cknix_csi.api.systems import KNOWN_SYSTEMS
 
 EXPRESSION = "expression"
@@ -26,10 +26,19 @@ FLAKE_REF = "flakeRef"
 EXPR = "expr"
 """Nix source text, evaluated by the controller."""
 
+SIZE_LIMIT = "sizeLimit"
+"""The most that a writable volume may hold, as a Kubernetes quantity; see :mod:`.options`."""
+MEDIUM = "medium"
+"""Beside it: where that is kept."""
+PRESENTATION = "presentation"
+"""What the volume is made of; the node chooses where it is not given."""
+
 FALLBACKS: tuple[str, ...] = (STORE_PATH, EXPRESSION, FLAKE_REF, EXPR)
 """Sources in order of priority; a key of the node's own system comes before all of them."""
 
-KNOWN_KEYS: frozenset[str] = frozenset({*FALLBACKS, NAMESPACE, *KNOWN_SYSTEMS})
+OPTIONS: tuple[str, ...] = (SIZE_LIMIT, MEDIUM, PRESENTATION)
+
+KNOWN_KEYS: frozenset[str] = frozenset({*FALLBACKS, NAMESPACE, *OPTIONS, *KNOWN_SYSTEMS})
 
 RESERVED_PREFIX = "csi.storage.k8s.io/"
 POD_NAME = RESERVED_PREFIX + "pod.name"
@@ -124,7 +133,7 @@ def parse_source(context: Mapping[str, str], *, system: str) -> VolumeSource:
     if len(chosen) > 1:
         problems.append(
             Problem(
-                _attribute(chosen[1]),
+                named(chosen[1]),
                 f"cannot stand beside {_quoted(chosen[0])}; a volume has one source, remove all but one of "
                 + ", ".join(_quoted(key) for key in chosen),
             )
@@ -141,7 +150,7 @@ def parse_source(context: Mapping[str, str], *, system: str) -> VolumeSource:
     elif not chosen and system not in attributes and not problems:
         problems.append(
             Problem(
-                _attribute(system),
+                named(system),
                 f"missing: this node's system is {system}, but there are store paths only for "
                 f'{", ".join(sorted(systems))}; add "{system}", or a fallback such as "{EXPRESSION}"',
             )
@@ -162,7 +171,8 @@ def parse_source(context: Mapping[str, str], *, system: str) -> VolumeSource:
     return FromSource(namespace, kind, attributes[kind])
 
 
-def _attribute(key: str) -> str:
+def named(key: str) -> str:
+    """An attribute as the field of a :class:`Problem`."""
     return f"volume attribute {_quoted(key)}"
 
 
@@ -171,20 +181,18 @@ def _quoted(key: str) -> str:
 
 
 def _unknown(key: str) -> Problem:
-    close = difflib.get_close_matches(key, sorted(KNOWN_KEYS), n=1)
-    lowered = {known.lower(): known for known in KNOWN_KEYS}
-    guess = lowered.get(key.lower()) or (close[0] if close else None)
+    guess = nearest(key, KNOWN_KEYS)
     if guess is not None:
-        return Problem(_attribute(key), f"is not known; did you mean {_quoted(guess)}?")
-    known = ", ".join((*FALLBACKS, NAMESPACE, "or a system such as x86_64-linux"))
-    return Problem(_attribute(key), f"is not known; known are {known}")
+        return Problem(named(key), f"is not known; did you mean {_quoted(guess)}?")
+    known = ", ".join((*FALLBACKS, NAMESPACE, *OPTIONS, "or a system such as x86_64-linux"))
+    return Problem(named(key), f"is not known; known are {known}")
 
 
 def _empty(attributes: Mapping[str, str]) -> list[Problem]:
     return [
-        Problem(_attribute(key), "is empty; give it a value or remove it")
+        Problem(named(key), "is empty; give it a value or remove it")
         for key in sorted(attributes)
-        if key in KNOWN_KEYS and not attributes[key].strip()
+        if key in KNOWN_KEYS - {MEDIUM} and not attributes[key].strip()  # the default medium is written as nothing
     ]
 
 
@@ -195,11 +203,11 @@ def _store_paths(attributes: Mapping[str, str], problems: list[Problem]) -> dict
             try:
                 paths[key] = StorePath.parse(attributes[key])
             except InvalidStorePath as error:
-                problems.append(Problem(_attribute(key), error.message))
+                problems.append(Problem(named(key), error.message))
             else:
                 if paths[key].is_derivation:
                     problems.append(
-                        Problem(_attribute(key), f"{attributes[key]} is a derivation; name its output path instead")
+                        Problem(named(key), f"{attributes[key]} is a derivation; name its output path instead")
                     )
     return paths
 
@@ -207,13 +215,13 @@ def _store_paths(attributes: Mapping[str, str], problems: list[Problem]) -> dict
 def _namespace(attributes: Mapping[str, str], pod: PodInfo, problems: list[Problem]) -> str:
     wanted = attributes.get(NAMESPACE, "")
     if NAMESPACE in attributes and EXPRESSION not in attributes:
-        problems.append(Problem(_attribute(NAMESPACE), f"has a meaning only beside {_quoted(EXPRESSION)}; remove it"))
+        problems.append(Problem(named(NAMESPACE), f"has a meaning only beside {_quoted(EXPRESSION)}; remove it"))
     if wanted and (len(wanted) > _MAX_NAMESPACE_NAME or not _NAMESPACE_NAME.fullmatch(wanted)):
-        problems.append(Problem(_attribute(NAMESPACE), f"{wanted!r} is not the name of a namespace"))
+        problems.append(Problem(named(NAMESPACE), f"{wanted!r} is not the name of a namespace"))
     if wanted and pod.ephemeral and wanted != pod.namespace:
         problems.append(
             Problem(
-                _attribute(NAMESPACE),
+                named(NAMESPACE),
                 f"{wanted!r} is not the pod's namespace {pod.namespace!r}; an inline volume can only use an Expression "
                 "of its own namespace",
             )
@@ -224,7 +232,7 @@ def _namespace(attributes: Mapping[str, str], pod: PodInfo, problems: list[Probl
         other = f", or set the attribute {_quoted(NAMESPACE)}" if needy == EXPRESSION else ""
         problems.append(
             Problem(
-                _attribute(needy),
+                named(needy),
                 "the namespace is not known: kubelet did not name the pod. Apply the CSIDriver object "
                 f"(podInfoOnMount: true){other}",
             )
@@ -237,7 +245,7 @@ def _expression_name(name: str) -> list[Problem]:
         hint = " (an Expression of another namespace cannot be named)" if "/" in name else ""
         return [
             Problem(
-                _attribute(EXPRESSION),
+                named(EXPRESSION),
                 f"{name!r} is not the name of an Expression: lower-case letters, digits, '-' and '.'{hint}",
             )
         ]

@@ -1,10 +1,29 @@
-"""A closure as a value: a store path with everything it refers to, and what Nix's database knows of each path."""
+"""A closure as a value, a store path with everything it refers to; and what Nix's database knows of a path."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from cknix_csi.api.storepath import StorePath
+
+
+class ClosurePath(Protocol):
+    """What every path of a closure tells: :class:`Member`, or :class:`PathInfo` with all there is."""
+
+    @property
+    def path(self) -> StorePath: ...
+
+    @property
+    def nar_size(self) -> int:
+        """Bytes of the uncompressed NAR."""
+
+
+class Member(NamedTuple):
+    """One path of a closure, as much of it as a volume needs to know."""
+
+    path: StorePath
+    nar_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +51,7 @@ class Closure:
     """*root* and all paths reachable from it, itself included, sorted by path."""
 
     root: StorePath
-    paths: tuple[PathInfo, ...]
+    paths: tuple[ClosurePath, ...]
 
     @property
     def id(self) -> str:

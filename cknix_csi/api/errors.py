@@ -113,6 +113,13 @@ class DeadlineExceeded(CknixError):
     reason = "DeadlineExceeded"
 
 
+class SourceUnavailable(CknixError):
+    """A server that an evaluation needs something from could not be asked."""
+
+    code = Code.UNAVAILABLE
+    reason = "SourceUnavailable"
+
+
 class CacheUnavailable(CknixError):
     """No binary cache could be reached for a path that this node does not have."""
 

@@ -14,6 +14,7 @@ from typing import Any
 from cknix_csi.api import conditions, durations
 from cknix_csi.api.errors import Invalid, Problem
 from cknix_csi.api.storepath import InvalidStorePath, StorePath
+from cknix_csi.api.suggest import nearest
 from cknix_csi.api.systems import KNOWN_SYSTEMS
 
 GROUP = "cknix.cool"
@@ -88,23 +89,31 @@ def parse_manifest(manifest: Any) -> Spec:
     """The spec of a whole Expression object, as in a YAML file.  Raises :class:`Invalid`."""
     if not isinstance(manifest, Mapping):
         raise Invalid([Problem("document", "is not a Kubernetes object")])
-    problems = []
+    problems: list[Problem] = []
+    _refuse_unknown(manifest, ("apiVersion", "kind", "metadata", "spec", "status"), "", problems)
     for field, expected in (("apiVersion", API_VERSION), ("kind", KIND)):
         if manifest.get(field) != expected:
             problems.append(Problem(field, f"is {manifest.get(field)!r}, expected {expected!r}"))
-    if not isinstance(manifest.get("spec"), Mapping):
-        problems.append(Problem("spec", "is missing"))
-    if problems:
+    spec = manifest.get("spec")
+    parsed = None
+    if not isinstance(spec, Mapping):
+        problems.append(Problem("spec", "is missing" if spec is None else "must be an object"))
+    else:
+        try:
+            parsed = Spec.parse(spec)
+        except Invalid as error:
+            problems += error.problems
+    if problems or parsed is None:
         raise Invalid(problems)
-    return Spec.parse(manifest["spec"])
+    return parsed
 
 
-def _refuse_unknown(found: Mapping[str, Any], known: tuple[str, ...], field: str, problems: list[Problem]) -> None:
-    problems.extend(
-        Problem(f"{field}.{key}", f"is not a known field; known are {', '.join(known)}")
-        for key in found
-        if key not in known
-    )
+def _refuse_unknown(found: Mapping[Any, Any], known: tuple[str, ...], field: str, problems: list[Problem]) -> None:
+    for key in found:
+        if key not in known:
+            meant = nearest(str(key), known)
+            remedy = f'did you mean "{meant}"?' if meant else f"known are {', '.join(known)}"
+            problems.append(Problem(f"{field}.{key}".lstrip("."), f"is not a known field; {remedy}"))
 
 
 def _parse_data(data: Any, problems: list[Problem]) -> Data | None:

@@ -12,7 +12,7 @@ from cknix_csi.api.errors import CknixError, Code, OutOfSpace
 _REMEDIES = {
     errno.EPERM: "the driver needs CAP_SYS_ADMIN: its container must be privileged",
     errno.ENOSYS: "the mount API of Linux 5.12 or newer is needed",
-    errno.ENODEV: "the kernel has no overlayfs: load the module `overlay`",
+    errno.ENODEV: "the kernel lacks a file system or driver: load the modules `overlay`, `loop` and `ext4`",
     errno.EBUSY: "something still uses it, such as a process working inside or another mount below it",
     errno.EROFS: "the file system has become read-only: see the kernel log",
     errno.EIO: "the disk reports errors: see the kernel log",
@@ -32,6 +32,13 @@ class StoreDamaged(CknixError):
 
     code = Code.FAILED_PRECONDITION
     reason = "StoreDamaged"
+
+
+class ViewDamaged(CknixError):
+    """A view that pods use is not whole any more; it cannot be built anew under them."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "ViewDamaged"
 
 
 class VolumeFailed(CknixError):
@@ -63,7 +70,7 @@ def explained(doing: str, kind: type[CknixError] = VolumeFailed) -> Iterator[Non
         number = error.errno or 0
         # Not just the number's own text: after a failed mount it carries what the kernel said.
         message = f"cannot {doing}: {error.strerror or error}"
-        if error.filename is not None and str(error.filename) not in doing:
+        if isinstance(error.filename, str | bytes) and os.fsdecode(error.filename) not in doing:  # not a descriptor
             message += f" ({os.fsdecode(error.filename)})"
         if number in _FULL:
             raise OutOfSpace(f"{message}; free space or inodes on that file system") from error

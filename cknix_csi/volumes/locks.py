@@ -1,13 +1,16 @@
-"""Locks by name, and steps that cancellation does not tear apart."""
+"""Locks by name, a lock against other processes, and steps that cancellation does not tear apart."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, TypeVar
+import fcntl
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class _Lock(asyncio.Lock):
@@ -46,6 +49,39 @@ class KeyedLocks:
                 del self._locks[key]
 
 
+class ProcessLock:
+    """A lock on the directory *path*, which other processes respect that take it the same way (flock(2))."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    def take(self) -> bool:
+        """True when this object has the lock, False while another one has it; it ends with the process at the latest.
+
+        Raises OSError when the directory cannot be opened.
+        """
+        if self._descriptor is not None:
+            return True
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        """Let go of it; fine when it was not taken."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
 async def finish(step: Coroutine[Any, Any, T]) -> T:
     """Run *step* to its end even when the caller is cancelled; the cancellation is raised afterwards.
 
@@ -63,3 +99,19 @@ async def finish(step: Coroutine[Any, Any, T]) -> T:
     if not task.cancelled() and (failure := task.exception()) is not None:
         raise cancelled from failure
     raise cancelled
+
+
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """:func:`finish` of *function* in a worker thread."""
+    return await finish(asyncio.to_thread(function, *args, **kwargs))
+
+
+async def together(*steps: Coroutine[Any, Any, None]) -> None:
+    """:func:`finish` of all *steps* at once: when one fails, or the caller is cancelled, the others end first."""
+
+    async def run() -> None:
+        for ended in await asyncio.gather(*steps, return_exceptions=True):
+            if ended is not None:
+                raise ended
+
+    await finish(run())

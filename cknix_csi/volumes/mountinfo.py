@@ -21,6 +21,8 @@ _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
 _SPECIAL = re.compile(rb"[ \t\n\\]")
 """What the kernel writes as ``\\ooo`` in mount points (fs/proc_namespace.c)."""
 _FIXED_FIELDS = 6
+_DELETED = "//deleted"
+"""Behind the root of a mount whose directory has been removed since; no path holds two slashes."""
 _TAIL_FIELDS = 3
 
 
@@ -37,6 +39,8 @@ class Mount:
 
     id: int
     parent: int
+    device: str
+    """``major:minor`` of its file system, the same for every mount of that."""
     root: str
     """The directory of its file system that is mounted; ``/`` for the whole."""
     target: str
@@ -75,6 +79,23 @@ class MountTable:
         found = [mount for mount in self._lines_with(b" " + escape(target) + b" ") if mount.target == target]
         return found if len(found) < 2 else _bottom_first(found)
 
+    def inside_out(self, mount: Mount) -> list[Mount]:
+        """*mount* and all that stands on it, in an order in which each can be unmounted by its path.
+
+        What stands on a mount comes before it; of two on the same one the outer path comes first, since it covers what
+        is below that path, whichever was mounted first.
+        """
+        standing: dict[int, list[Mount]] = {}
+        for found in self._lines_with(b" " + escape(mount.target)):
+            if f"{found.target}/".startswith(f"{mount.target}/") and found.id != mount.id:
+                standing.setdefault(found.parent, []).append(found)
+        outside_in: list[Mount] = []
+        pending = [mount]
+        while pending:
+            outside_in.append(pending.pop())
+            pending += sorted(standing.pop(outside_in[-1].id, []), key=lambda inner: len(inner.target))
+        return outside_in[::-1]
+
     def sourced(self, source: str) -> Iterator[Mount]:
         """The mounts whose source is exactly *source*, in the kernel's order; each is parsed when it is asked for."""
         return (mount for mount in self._lines_with(b" " + escape(source) + b" ") if mount.source == source)
@@ -82,6 +103,18 @@ class MountTable:
     def sourced_like(self, prefix: str) -> Iterator[Mount]:
         """The mounts whose source begins with *prefix*, like :meth:`sourced`."""
         return (mount for mount in self._lines_with(b" " + escape(prefix)) if mount.source.startswith(prefix))
+
+    def rooted(self, tail: str) -> Iterator[Mount]:
+        """The mounts of a directory whose path in its file system ends with *tail*, like :meth:`sourced`."""
+        return (mount for mount in self._lines_with(escape(tail) + b" ") if mount.root.endswith(tail))
+
+    def on_device(self, device: str) -> Iterator[Mount]:
+        """The mounts of the file system *device* (``major:minor``), like :meth:`sourced`."""
+        return (mount for mount in self._lines_with(b" " + os.fsencode(device) + b" ") if mount.device == device)
+
+    def by_id(self, mount_id: int) -> Mount | None:
+        """The mount of that id."""
+        return next((mount for mount in self._lines_with(b"%d " % mount_id) if mount.id == mount_id), None)
 
     def using(self, directory: str, tail: str) -> list[Mount]:
         """The mounts on, below or of *directory*, or with a layer in it.
@@ -126,7 +159,8 @@ def parse_line(line: bytes) -> Mount:
         return Mount(
             id=int(fields[0]),
             parent=int(fields[1]),
-            root=unescape(fields[3]),
+            device=os.fsdecode(fields[2]),
+            root=unescape(fields[3]).removesuffix(_DELETED),
             target=unescape(fields[4]),
             options=_options(fields[5]),
             propagation=tuple(os.fsdecode(field) for field in fields[_FIXED_FIELDS:dash]),

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from cknix_csi.api.errors import MountFailed
 from cknix_csi.volumes import syscalls
 from cknix_csi.volumes.failures import explained
-from cknix_csi.volumes.mountinfo import MountTable, read_mount_table
+from cknix_csi.volumes.mountinfo import Mount, MountTable, read_mount_table
 
 _SAFE = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
 BY_DESCRIPTOR = "/proc/self/fd/"
 """How a layer begins in the mount table whose path did not fit into an option."""
 _OPTION_SYNTAX = frozenset("\\:,")
 """Characters that overlayfs itself interprets in the value of a layer option."""
+_PATIENCE_SECONDS = 1.0
+_FIRST_PAUSE_SECONDS = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,18 @@ class Mounts(Protocol):
         """
 
     def unmount(self, target: str) -> None:
-        """Unmount everything stacked on *target*; nothing to do is fine.  Raises MountFailed."""
+        """Unmount everything stacked on *target*; nothing to do is fine.  Raises MountFailed.
+
+        Of this and :meth:`unmount_one`: what is in use is waited for, a second.
+        """
+
+    def unmount_one(self, mount: Mount) -> None:
+        """Unmount *mount*, as it was in the table, and nothing else; fine when it is gone, or covered by another.
+
+        What is in the mount is not looked at, and no symbolic link is followed.  Raises MountFailed: never lazily, for
+        a process that is still inside would go on using a file system that no mount table shows any more: what is
+        below could be thrown away under it, and kubelet, which looks there, would detach its device.
+        """
 
 
 class KernelMounts:
@@ -92,13 +106,52 @@ class KernelMounts:
         ):
             # A copy of a shared mount starts in its peer group: what one pod mounts inside its volume would appear in
             # every other pod's.  Private first; attaching under a shared parent then makes a group of its own.
-            syscalls.mount_setattr(tree, attributes=attributes, propagation=syscalls.MS_PRIVATE)
+            # A copy is read-only also where its origin is, such as a disk with errors: it is to be what was asked for.
+            cleared = syscalls.MOUNT_ATTR_RDONLY if writable else 0
+            syscalls.mount_setattr(tree, attributes=attributes, cleared=cleared, propagation=syscalls.MS_PRIVATE)
             syscalls.move_mount(tree, target)
 
     def unmount(self, target: str) -> None:
         with explained(f"unmount {target}", MountFailed):
             while self.mounted(target):
-                syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
+                _patiently(lambda: syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW))
+
+    def unmount_one(self, mount: Mount) -> None:
+        parent, name = os.path.split(mount.target)
+        flags = os.O_PATH | os.O_DIRECTORY
+        with explained(f"unmount the {mount.fstype} mount of {mount.source!r} at {mount.target}", MountFailed):
+            try:
+                # Its parent by descriptor, since the path may lead elsewhere a moment later; one of itself is a use.
+                directory = syscalls.openat2(syscalls.AT_FDCWD, parent, flags, syscalls.RESOLVE_NO_SYMLINKS)
+                with syscalls.owned(directory):
+                    _patiently(lambda: _unmount_if(mount.id, directory, name))
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, mount.target) from None
+
+
+def _unmount_if(mount_id: int, directory: int, name: str) -> None:
+    """Unmount what *name* in descriptor *directory* shows, if it is that mount."""
+    if syscalls.statx_mount_id(directory, name) == mount_id:
+        syscalls.umount2(f"{BY_DESCRIPTOR}{directory}/{name}", syscalls.UMOUNT_NOFOLLOW)
+
+
+def _patiently(unmount: Callable[[], None]) -> None:
+    """*unmount*, again while it fails with EBUSY.
+
+    A child process that another thread starts has a copy of all our descriptors until it runs its program, and with
+    those of mounts that we have just made or looked into it keeps these busy.
+    """
+    deadline, pause = time.monotonic() + _PATIENCE_SECONDS, _FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return unmount()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() + pause > deadline:
+                raise
+        time.sleep(pause)
+        pause *= 1.5
 
 
 def _overlay(target: str, source: str, lower: Sequence[str], upper: Upper | None, *, one_by_one: bool) -> None:

@@ -19,6 +19,8 @@ class ReconcileReport:
     """Closures in use whose GC root was missing."""
     volumes_removed: list[str] = field(default_factory=list)
     """Written data without a mount."""
+    warm: list[str] = field(default_factory=list)
+    """Closures that nobody uses, and whose view is kept for a while."""
     half_built: int = 0
     """Views whose building was cut short."""
     problems: list[str] = field(default_factory=list)
@@ -32,6 +34,7 @@ class ReconcileReport:
             _line("released", self.roots_released, "GC root without a view", "GC roots without a view"),
             _line("took", self.roots_taken, "GC root that was missing", "GC roots that were missing"),
             _line("removed the data of", self.volumes_removed, "unmounted volume", "unmounted volumes"),
+            _line("kept", self.warm, "view for a while that nobody uses", "views for a while that nobody uses"),
             f"removed {self.half_built} half-built view(s)" if self.half_built else "",
         ]
         return [line for line in lines if line] or ["nothing published, nothing to clean up"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_NO_AUTOMOUNT = 0x800
+_AT_STATX_DONT_SYNC = 0x4000
 
 OPEN_TREE_CLONE = 1
 """Make a detached copy of the mount instead of a handle on it."""
@@ -31,6 +33,7 @@ FSMOUNT_CLOEXEC = 1
 MOUNT_ATTR_RDONLY = 0x01
 MOUNT_ATTR_NOSUID = 0x02
 MOUNT_ATTR_NODEV = 0x04
+_MOUNT_ATTR_IDMAP = 0x00100000
 MS_PRIVATE = 1 << 18
 """As ``propagation`` of mount_setattr: leave the peer group; nothing mounted in one copy shows up in another."""
 UMOUNT_NOFOLLOW = 8
@@ -38,6 +41,8 @@ STATX_ATTR_MOUNT_ROOT = 0x2000
 """statx: the path is the root of a mount, also of a bind of the same file system (Linux 5.8)."""
 RESOLVE_NO_XDEV = 0x01
 """openat2: refuse (EXDEV) to walk into another mount, also a bind of the same file system."""
+RESOLVE_NO_SYMLINKS = 0x04
+"""openat2: refuse (ELOOP) a symbolic link in any part of the path."""
 
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
@@ -50,6 +55,8 @@ _NR_MOUNT_SETATTR = 442
 _FSCONFIG_SET_FLAG = 0
 _FSCONFIG_SET_STRING = 1
 _FSCONFIG_CMD_CREATE = 6
+_FICLONE = 0x40049409
+"""_IOW(0x94, 9, int), ``linux/fs.h``."""
 
 FSCONFIG_STRING_LIMIT = 255
 """Longest string option in bytes: fsconfig(2) copies at most 256 bytes including the final zero, else EINVAL."""
@@ -75,7 +82,9 @@ class _Statx(ctypes.Structure):
         ("mask", ctypes.c_uint32),
         ("blksize", ctypes.c_uint32),
         ("attributes", ctypes.c_uint64),
-        ("rest", ctypes.c_uint8 * 240),
+        ("between", ctypes.c_uint8 * 128),
+        ("mnt_id", ctypes.c_uint64),
+        ("rest", ctypes.c_uint8 * 104),
     )
 
 
@@ -88,9 +97,21 @@ def open_tree(path: str, flags: int) -> int:
     return _call(path, _NR_OPEN_TREE, _Word(AT_FDCWD), os.fsencode(path), _Word(flags))
 
 
-def mount_setattr(mount: int, *, attributes: int, propagation: int) -> None:
-    """Add MOUNT_ATTR_* *attributes* to the mount that descriptor *mount* stands for, and set its propagation."""
-    attr = _MountAttr(attributes, 0, propagation, 0)
+def open_tree_at(directory: int, path: str, flags: int) -> int:
+    """:func:`open_tree` of *path* below *directory*, which may be a detached mount (a copy of that: Linux 6.15)."""
+    return _call(path, _NR_OPEN_TREE, _Word(directory), os.fsencode(path), _Word(flags))
+
+
+def mount_setattr(mount: int, *, attributes: int, cleared: int = 0, propagation: int) -> None:
+    """Add MOUNT_ATTR_* *attributes* to the mount of descriptor *mount*, take *cleared* away, set its propagation."""
+    attr = _MountAttr(attributes, cleared, propagation, 0)
+    size = _Word(ctypes.sizeof(attr))
+    _call(None, _NR_MOUNT_SETATTR, _Word(mount), b"", _Word(AT_EMPTY_PATH), ctypes.byref(attr), size)
+
+
+def idmap_mount(mount: int, user_namespace: int) -> None:
+    """Show the files of the detached *mount* with the owners that *user_namespace*, a descriptor, maps theirs to."""
+    attr = _MountAttr(_MOUNT_ATTR_IDMAP, 0, 0, user_namespace)
     size = _Word(ctypes.sizeof(attr))
     _call(None, _NR_MOUNT_SETATTR, _Word(mount), b"", _Word(AT_EMPTY_PATH), ctypes.byref(attr), size)
 
@@ -134,13 +155,29 @@ def umount2(target: str, flags: int) -> None:
 
 
 def statx_attributes(path: str) -> int:
-    """The STATX_ATTR_* bits of *path*; a symbolic link is not followed, an automount not triggered."""
+    """The STATX_ATTR_* bits of *path*; a symbolic link is not followed, an automount not triggered.
+
+    The file system is not asked: it may have lost its server.
+    """
     found = _Statx()
-    flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT
+    flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
     if _libc.statx(AT_FDCWD, os.fsencode(path), flags, 0, ctypes.byref(found)) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), path)
     return int(found.attributes)
+
+
+def statx_mount_id(directory: int, name: str) -> int:
+    """The mount that *name* in descriptor *directory* is in, by its id in the mount table (Linux 5.8).
+
+    A symbolic link is not followed, and the file system is not asked: it may have lost its server.
+    """
+    found = _Statx()
+    flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
+    if _libc.statx(directory, os.fsencode(name), flags, 0, ctypes.byref(found)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), name)
+    return int(found.mnt_id)
 
 
 def openat2(directory: int, name: str, flags: int, resolve: int) -> int:
@@ -148,6 +185,19 @@ def openat2(directory: int, name: str, flags: int, resolve: int) -> int:
     how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
     size = _Word(ctypes.sizeof(how))
     return _call(name, _NR_OPENAT2, _Word(directory), os.fsencode(name), ctypes.byref(how), size)
+
+
+def clone_file(source: int, target: int) -> None:
+    """Let the empty file *target* share the blocks of *source*; EOPNOTSUPP or EXDEV where that is not to be had."""
+    fcntl.ioctl(target, _FICLONE, source)
+
+
+def sync_file_system(directory: str) -> None:
+    """Write all that the file system of *directory* has to write; EIO or ENOSPC when some of that fails (Linux 5.8)."""
+    with owned(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as descriptor:
+        if _libc.syncfs(descriptor) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), directory)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -22,25 +23,26 @@ def resolve(target: Path) -> str:
 
 
 def check(path: str) -> None:
-    """Raise :class:`TargetUnusable` unless *path* is an empty directory, or free to be made one."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        parent = os.path.dirname(path)
-        if not os.path.isdir(parent):
-            raise TargetUnusable(
-                f"the directory {parent} of target path {path!r} does not exist; kubelet makes it before it calls"
-            ) from None
-        return
-    except NotADirectoryError:
-        raise TargetUnusable(f"a parent of target path {path!r} is not a directory") from None
-    if not stat.S_ISDIR(found.st_mode):
-        raise TargetUnusable(f"target path {path!r} is {_kind(found)}, not a directory; remove it")
-    with os.scandir(path) as entries:
-        if (entry := next(entries, None)) is not None:
-            raise TargetUnusable(
-                f"target path {path!r} is not empty: it holds {entry.name!r}, which is not this driver's; remove it"
-            )
+    """Raise :class:`TargetUnusable` unless *path* is an empty directory, or free to be made one; or VolumeFailed."""
+    with explained(f"look at target path {path!r}"):
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            parent = os.path.dirname(path)
+            if not os.path.isdir(parent):
+                raise TargetUnusable(
+                    f"the directory {parent} of target path {path!r} does not exist; kubelet makes it before it calls"
+                ) from None
+            return
+        except NotADirectoryError:
+            raise TargetUnusable(f"a parent of target path {path!r} is not a directory") from None
+        if not stat.S_ISDIR(found.st_mode):
+            raise TargetUnusable(f"target path {path!r} is {_kind(found)}, not a directory; remove it")
+        with os.scandir(path) as entries:
+            if (entry := next(entries, None)) is not None:
+                raise TargetUnusable(
+                    f"target path {path!r} is not empty: it holds {entry.name!r}, which is not this driver's; remove it"
+                )
 
 
 def create(path: str) -> bool:
@@ -54,22 +56,30 @@ def create(path: str) -> bool:
 
 
 def remove(path: str) -> None:
-    """Remove the directory, which must be empty; nothing there is fine.  Never recursive.  Raises TargetUnusable."""
-    try:
-        os.rmdir(path)
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
+    """Remove the directory, which must be empty; nothing there is fine.  Never recursive.
+
+    Raises TargetUnusable for what is no empty directory, VolumeFailed.
+    """
+    with explained(f"remove target path {path!r}"):
         try:
-            kind = _kind(os.lstat(path))
-        except NotADirectoryError:  # it is a parent that is a file
+            os.rmdir(path)
+        except FileNotFoundError:
             return
-        raise TargetUnusable(f"target path {path!r} is {kind}, not a directory; this driver did not make it") from None
-    except OSError as error:
-        raise TargetUnusable(
-            f"cannot remove target path {path!r}: {error.strerror}; "
-            f"what is in it is not this driver's and is never deleted by it"
-        ) from error
+        except NotADirectoryError:
+            try:
+                kind = _kind(os.lstat(path))
+            except NotADirectoryError:  # it is a parent that is a file
+                return
+            raise TargetUnusable(
+                f"target path {path!r} is {kind}, not a directory; this driver did not make it"
+            ) from None
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+            raise TargetUnusable(
+                f"cannot remove target path {path!r}: {error.strerror}; "
+                f"what is in it is not this driver's and is never deleted by it"
+            ) from error
 
 
 def _kind(found: os.stat_result) -> str:

@@ -15,35 +15,59 @@ The layer's own root would show the whole store: only ``m/nix`` ever reaches a p
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cknix_csi.api.closure import Closure
+from cknix_csi.api.closure import Closure, ClosurePath
+from cknix_csi.api.presentation import Presentation
 from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
-from cknix_csi.volumes import syscalls
+from cknix_csi.volumes import soundness, syscalls
 from cknix_csi.volumes.failures import StoreDamaged, explained
-from cknix_csi.volumes.mountinfo import Mount
+from cknix_csi.volumes.locks import finish, in_thread, together
+from cknix_csi.volumes.mountinfo import Mount, MountTable
 from cknix_csi.volumes.mounts import BY_DESCRIPTOR
+from cknix_csi.volumes.soundness import LINKS, METACOPY, REDIRECT, STAMP
 from cknix_csi.volumes.trash import Trash
+from cknix_csi.volumes.trees import WriteState
 
+SOURCE = "cknix:"
+"""How the source of every overlay of this driver begins in the mount table; for a view the closure's id follows."""
 _BUILDING = ".building-"
-_TIME = 1_000_000_000
-"""Nanoseconds since the epoch: Nix's own time of everything in a store, and ours of what is around it."""
-_REDIRECT = "trusted.overlay.redirect"
-_METACOPY = "trusted.overlay.metacopy"
+_MANY = 100
+"""Store paths; as many are worth a second thread, 3 ms."""
+
+
+class Var:
+    """What a volume has at ``/nix/var`` besides its database, whatever it is made of."""
+
+    def write(self, var: str, root: StorePath) -> None:
+        """Make all but the database in *var*, which is missing: ready for a collection inside to keep *root*.
+
+        Raises OSError.
+        """
+        _write_var(var, root)
+
+    def settle(self, var: str) -> None:
+        """Give all below *var* its fixed mode and time.  Raises OSError."""
+        _settle(var)
 
 
 class Views:
     """The views below *directory* (which exists), of closures whose objects are in *store_dir*."""
+
+    presentation = Presentation.REDIRECT
+    noun = "view"
 
     def __init__(self, directory: str, store_dir: Path, trash: Trash) -> None:
         self._directory = directory
         self._trash = trash
         self._store_dir = str(store_dir)
         self._building: set[str] = set()
+        self._trusted: set[str] = set()
 
     def path(self, closure_id: str) -> str:
         return f"{self._directory}/{closure_id}"
@@ -51,10 +75,27 @@ class Views:
     def mountpoint(self, closure_id: str) -> str:
         return f"{self._directory}/{closure_id}/m"
 
-    def may_own(self, mount: Mount) -> bool:
-        """False when *mount*, an overlay, shows a view of another data root."""
-        layer = mount.super_option("lowerdir+")
-        return layer is None or layer.startswith((f"{self._directory}/", BY_DESCRIPTOR))
+    def source(self, closure_id: str) -> str:
+        return SOURCE + closure_id
+
+    def closure_of(self, mount: Mount) -> str | None:
+        """The closure that *mount* shows, None for a foreign mount; another data root's are foreign too."""
+        if mount.fstype != "overlay" or not mount.source.startswith(SOURCE) or not self._may_own(mount):
+            return None
+        try:
+            return StorePath.from_basename(mount.source.removeprefix(SOURCE)).basename
+        except InvalidStorePath:
+            return None
+
+    def shown(self, table: MountTable) -> set[str]:
+        """The closures that any mount shows."""
+        return {closure_id for mount in table.sourced_like(SOURCE) if (closure_id := self.closure_of(mount))}
+
+    def in_use(self, closure_id: str, table: MountTable) -> bool:
+        """True when a mount shows the closure, in a pod or on its way there."""
+        shared = self.mountpoint(closure_id)
+        mounts = table.sourced(SOURCE + closure_id)
+        return any(mount.target != shared and self.closure_of(mount) for mount in mounts)
 
     def is_shown(self, closure_id: str) -> bool:
         """True when what is mounted at the mount point is this view."""
@@ -68,8 +109,30 @@ class Views:
         return f"{self._directory}/{closure_id}/meta", self._store_dir
 
     def exists(self, closure_id: str) -> bool:
-        """True when the view is there, and then it is whole."""
+        """True when the view is there, and then it was whole once."""
         return os.path.isdir(self.path(closure_id))
+
+    def trusts(self, closure_id: str) -> bool:
+        """True when the view is there and need not be looked at: it has been since it last was without a user."""
+        return closure_id in self._trusted and self.exists(closure_id)
+
+    def look(self, closure_id: str) -> str | None:
+        """What is wrong with a view that exists, None when it is whole; see :mod:`soundness`.
+
+        Raises StoreDamaged, VolumeFailed.
+        """
+        return soundness.flaw(self.path(closure_id), closure_id, self._store_dir)
+
+    def flaw(self, closure_id: str) -> str | None:
+        """:meth:`look`; what is whole is trusted from now on."""
+        found = self.look(closure_id)
+        if found is None:
+            self._trusted.add(closure_id)
+        return found
+
+    def distrust(self, closure_id: str) -> None:
+        """Nobody uses the view for a while: it must be looked at before it is used again."""
+        self._trusted.discard(closure_id)
 
     def ids(self) -> Iterator[str]:
         """The closures that have a view; anything else in the directory is not ours and not named."""
@@ -96,26 +159,55 @@ class Views:
 
         Raises StoreDamaged, OutOfSpace, VolumeFailed.
         """
+        self._begin(building, closure)
+        self._fill(building, closure)
+
+    def complete(self, building: str, closure_id: str) -> None:
+        """Settle what was built in *building* and rename it into place.  Raises OutOfSpace, VolumeFailed.
+
+        Nothing is synced, which would take longer than all the rest.  A power cut, which alone could lose something,
+        ends all mounts; and a view that no mount shows is never used by another process than the one that built it.
+        """
+        with explained(f"complete the view of {closure_id}"):
+            _settle(f"{building}/meta/nix/var")
+            for directory in ("meta/nix/store", "meta/nix", "meta"):
+                _stamp(f"{building}/{directory}")
+            os.rename(building, self.path(closure_id))
+        self._building.discard(os.path.basename(building))
+        self._trusted.add(closure_id)
+
+    async def build(self, closure: Closure, write_state: WriteState) -> None:
+        """See :class:`~cknix_csi.volumes.trees.Trees`."""
+        building = self.reserve()
+        try:
+            await in_thread(self._begin, building, closure)
+            # Side by side: neither SQLite nor the kernel needs the interpreter while it works.
+            hands = 1 + (len(closure.paths) >= _MANY)
+            await together(
+                *(asyncio.to_thread(self._fill, building, closure, hand, hands) for hand in range(hands)),
+                self._write_state(building, closure, write_state),
+            )
+            await in_thread(self.complete, building, closure.id)
+        except BaseException:
+            await finish(asyncio.to_thread(self.abandon, building))
+            raise
+
+    def _begin(self, building: str, closure: Closure) -> None:
         with explained(f"build the view of {closure.id}"):
             os.mkdir(building, 0o700)
             os.mkdir(f"{building}/m", 0o755)
-            _write_store(f"{building}/meta/nix/store", closure, self._store_dir)
+            os.makedirs(f"{building}/meta/nix/store/{LINKS}")  # a Nix client on a read-only store wants it
+            _stamp(f"{building}/meta/nix/store/{LINKS}")
             _write_var(f"{building}/meta/nix/var", closure.root)
 
-    def complete(self, building: str, closure_id: str) -> None:
-        """Settle what was built in *building* and rename it into place.  Raises OutOfSpace, VolumeFailed."""
-        with explained(f"complete the view of {closure_id}"):
-            files = _settle(f"{building}/meta/nix/var")
-            for directory in ("meta/nix/store", "meta/nix", "meta"):
-                _stamp(f"{building}/{directory}")
-            for file in files:  # after all changes: the first commits them all, the others have little left to do
-                _sync(file)
-            # Commits what was made before it on a journalling file system, and spares a sync per store path (30 ms for
-            # 300).  Where that is not enough: a power cut ends all mounts, and a view without one is thrown away before
-            # anything is published.  The same is why no view's coming and going is synced by itself.
-            _sync(f"{building}/meta/nix/store")
-            os.rename(building, self.path(closure_id))
-        self._building.discard(os.path.basename(building))
+    def _fill(self, building: str, closure: Closure, hand: int = 0, hands: int = 1) -> None:
+        """The share of *hand* (from 0) of the entries, of which *hands* threads have one each."""
+        with explained(f"build the view of {closure.id}"):
+            _write_store(f"{building}/meta/nix/store", closure.paths[hand::hands], self._store_dir)
+
+    async def _write_state(self, building: str, closure: Closure, write_state: WriteState) -> None:
+        with explained(f"write the database of {closure.id}"):
+            await write_state(closure, Path(building, "meta"))
 
     def abandon(self, building: str) -> None:
         """Throw away what was made of *building*.  Raises VolumeFailed."""
@@ -125,46 +217,76 @@ class Views:
 
     def discard(self, closure_id: str) -> None:
         """Throw away the view; the caller knows that no mount uses it.  Raises VolumeFailed."""
+        self._trusted.discard(closure_id)
         if self.exists(closure_id):
             self._trash.take(self.path(closure_id))
 
+    def _may_own(self, mount: Mount) -> bool:
+        """False when *mount*, an overlay, shows a view of another data root."""
+        layer = mount.super_option("lowerdir+")
+        return layer is None or layer.startswith((f"{self._directory}/", BY_DESCRIPTOR))
 
-def _write_store(store: str, closure: Closure, physical: str) -> None:
-    os.makedirs(store, 0o755)
-    os.mkdir(f"{store}/.links", 0o755)  # a Nix client on a read-only store wants it
-    _stamp(f"{store}/.links")
-    for info in closure.paths:
-        name = info.path.basename
+
+def closure_key(closure_id: str) -> str:
+    """The name of the lock of a closure's view and GC root."""
+    return f"closure {closure_id}"
+
+
+def _write_store(store: str, paths: Sequence[ClosurePath], physical: str) -> None:
+    flags = os.O_RDONLY | os.O_DIRECTORY
+    with syscalls.owned(os.open(store, flags)) as layer, syscalls.owned(os.open(physical, flags)) as originals:
+        entries = _Entries(store, layer, originals)
+        for info in paths:
+            entries.write(info.path.basename)
+
+
+class _Entries:
+    """Makes the entries of the directory *store*, also known by its descriptor *layer*.
+
+    What overlayfs shows by them is in the directory of descriptor *originals*.
+    """
+
+    def __init__(self, store: str, layer: int, originals: int) -> None:
+        self._store = store
+        self._layer = layer
+        self._originals = originals
+        self._kept: dict[int, bool] = {}
+        """Which modes things get that are made with them: the umask and a default ACL have their say."""
+
+    def write(self, name: str) -> None:
+        """The entry that is shown as the original: overlayfs takes owner, mode, size and time from here."""
         try:
-            original = os.lstat(f"{physical}/{name}")
+            original = os.stat(name, dir_fd=self._originals, follow_symlinks=False)
         except FileNotFoundError:
-            raise StoreDamaged(
-                f"{info.path} is in the store's database but not in the store; "
-                f"repair it on the node with `nix-store --verify --check-contents --repair`"
-            ) from None
-        _write_entry(f"{store}/{name}", name, original, physical)
+            raise soundness.missing(name) from None
+        mode = original.st_mode
+        if stat.S_ISDIR(mode):
+            os.mkdir(name, stat.S_IMODE(mode), dir_fd=self._layer)
+            # No call of this sort takes a directory's descriptor and a name.
+            os.setxattr(f"{self._store}/{name}", REDIRECT, b"/" + name.encode())
+        elif stat.S_ISREG(mode):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with syscalls.owned(os.open(name, flags, stat.S_IMODE(mode), dir_fd=self._layer)) as file:
+                os.ftruncate(file, original.st_size)
+                os.setxattr(file, METACOPY, b"")
+                os.setxattr(file, REDIRECT, b"/" + name.encode())
+        elif stat.S_ISLNK(mode):
+            os.symlink(os.readlink(name, dir_fd=self._originals), name, dir_fd=self._layer)
+        else:
+            raise StoreDamaged(f"/nix/store/{name} is neither a directory, a file nor a symbolic link")
+        if original.st_uid or original.st_gid:
+            os.chown(name, original.st_uid, original.st_gid, dir_fd=self._layer, follow_symlinks=False)
+        if not stat.S_ISLNK(mode):
+            self._require_mode(name, mode)
+        time = original.st_mtime_ns
+        os.utime(name, ns=(time, time), dir_fd=self._layer, follow_symlinks=False)
 
-
-def _write_entry(path: str, name: str, original: os.stat_result, physical: str) -> None:
-    """The entry at *path* that overlayfs shows as *physical*/*name*: it takes owner, mode, size and time from here."""
-    redirect = f"/{name}".encode()
-    if stat.S_ISDIR(original.st_mode):
-        os.mkdir(path)
-        os.setxattr(path, _REDIRECT, redirect)
-    elif stat.S_ISREG(original.st_mode):
-        with syscalls.owned(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)) as file:
-            os.ftruncate(file, original.st_size)
-            os.setxattr(file, _METACOPY, b"")
-            os.setxattr(file, _REDIRECT, redirect)
-    elif stat.S_ISLNK(original.st_mode):
-        os.symlink(os.readlink(f"{physical}/{name}"), path)
-    else:
-        raise StoreDamaged(f"/nix/store/{name} is neither a directory, a file nor a symbolic link")
-    if original.st_uid or original.st_gid:
-        os.chown(path, original.st_uid, original.st_gid, follow_symlinks=False)
-    if not stat.S_ISLNK(original.st_mode):
-        os.chmod(path, stat.S_IMODE(original.st_mode))  # not by mkdir: the process's umask would have its say
-    os.utime(path, ns=(original.st_mtime_ns, original.st_mtime_ns), follow_symlinks=False)
+    def _require_mode(self, name: str, mode: int) -> None:
+        """Give what was made with *mode*, which tells its type too, exactly that mode."""
+        if mode not in self._kept:
+            self._kept[mode] = os.stat(name, dir_fd=self._layer, follow_symlinks=False).st_mode == mode
+        if not self._kept[mode]:
+            os.chmod(name, stat.S_IMODE(mode), dir_fd=self._layer)
 
 
 def _write_var(var: str, root: StorePath) -> None:
@@ -180,27 +302,19 @@ def _write_var(var: str, root: StorePath) -> None:
     os.symlink(str(root), f"{var}/result")
 
 
-def _settle(var: str) -> list[str]:
-    """Fixed modes and times for all below *var*, whoever wrote it under whatever umask; returns the regular files."""
-    files: list[str] = []
+def _settle(var: str) -> None:
+    """Fixed modes and times for all below *var*, whoever wrote it under whatever umask."""
     with os.scandir(var) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                files += _settle(entry.path)
+                _settle(entry.path)
                 continue
             if not entry.is_symlink():
                 os.chmod(entry.path, 0o644)
-                files.append(entry.path)
-            os.utime(entry.path, ns=(_TIME, _TIME), follow_symlinks=False)
+            os.utime(entry.path, ns=(STAMP, STAMP), follow_symlinks=False)
     _stamp(var)
-    return files
 
 
 def _stamp(directory: str) -> None:
     os.chmod(directory, 0o755)  # noqa: S103 (as in any Nix installation: what is in a store is for everyone)
-    os.utime(directory, ns=(_TIME, _TIME))
-
-
-def _sync(path: str) -> None:
-    with syscalls.owned(os.open(path, os.O_RDONLY)) as opened:
-        os.fsync(opened)
+    os.utime(directory, ns=(STAMP, STAMP))

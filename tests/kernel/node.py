@@ -7,10 +7,15 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from cknix_csi.api.limits import Limit
+from cknix_csi.api.presentation import Presentation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.volumes.closures import Closures
 from cknix_csi.volumes.mounts import Mounts
+from cknix_csi.volumes.probe import TITLES, Finding, ProbeResult
+from cknix_csi.volumes.sized import SizedStorage
 from cknix_csi.volumes.volumes import PublishRequest, Volumes
+from cknix_csi.volumes.warm import COLD, Warm
 from tests.kernel.store import FakeStore, fill_of_all_shapes, fill_small
 
 
@@ -20,6 +25,13 @@ def run(*command: str | Path, check: bool = True) -> str:
     if check and done.returncode != 0:
         raise AssertionError(f"{command} answered {done.returncode}: {os.fsdecode(done.stderr)}")
     return os.fsdecode(done.stdout)
+
+
+def node_without(*properties: str) -> ProbeResult:
+    """What a probe finds on a node where everything works but *properties*."""
+    assert set(properties) <= set(TITLES)
+    findings = {name: Finding(name not in properties, f"because of {name}") for name in TITLES}
+    return ProbeResult(kernel="of a test", **findings)
 
 
 class Node:
@@ -32,7 +44,8 @@ class Node:
         for directory in (self.data, self.pods):
             directory.mkdir(exist_ok=True)
         self.store = FakeStore(scratch / "nix")
-        self.volumes = Volumes(self.data, self.store)
+        self.probed = node_without("idmapped_overlay", "reflink")
+        self.volumes = self._volumes()
         self.shapes: StorePath
         self.small: StorePath
 
@@ -42,16 +55,54 @@ class Node:
         self.small = fill_small(self.store, "small-1.0")
         fill_small(self.store, "secret-of-somebody-else")
 
-    async def restart(self, *, closures: Closures | None = None, mounts: Mounts | None = None) -> None:
-        """Another process's view of the same directories, optionally through *closures* and *mounts* that misbehave."""
+    async def restart(
+        self,
+        *,
+        closures: Closures | None = None,
+        mounts: Mounts | None = None,
+        sized: SizedStorage | None = None,
+        keep_warm: Warm = COLD,
+    ) -> None:
+        """Another process's view of the same directories, optionally through parts that misbehave."""
         await self.volumes.close()
-        self.volumes = Volumes(self.data, self.store if closures is None else closures, mounts)
+        self.volumes = self._volumes(closures, mounts, sized, keep_warm)
 
-    def request(self, root: StorePath, name: str = "a", *, writable: bool = False) -> PublishRequest:
-        return PublishRequest(f"csi-{name}", self.pods / name, root, writable)
+    def _volumes(
+        self,
+        closures: Closures | None = None,
+        mounts: Mounts | None = None,
+        sized: SizedStorage | None = None,
+        keep_warm: Warm = COLD,
+    ) -> Volumes:
+        closures = self.store if closures is None else closures
+        probed = self.probed
+        return Volumes(self.data, closures, mounts, sized=sized, prober=lambda *_: probed, keep_warm=keep_warm)
 
-    async def publish(self, root: StorePath, name: str = "a", *, writable: bool = False) -> Path:
-        request = self.request(root, name, writable=writable)
+    def request(
+        self,
+        root: StorePath,
+        name: str = "a",
+        *,
+        writable: bool = False,
+        limit: Limit | None = None,
+        presentation: Presentation | None = None,
+        host_users: bool = True,
+    ) -> PublishRequest:
+        return PublishRequest(f"csi-{name}", self.pods / name, root, writable, limit, presentation, host_users)
+
+    async def publish(
+        self,
+        root: StorePath,
+        name: str = "a",
+        *,
+        writable: bool = False,
+        limit: Limit | None = None,
+        presentation: Presentation | None = None,
+        host_users: bool = True,
+    ) -> Path:
+        request = self.request(
+            root, name, writable=writable, limit=limit, presentation=presentation, host_users=host_users
+        )
         await self.volumes.publish(request)
         return request.target
 
@@ -62,7 +113,7 @@ class Node:
         """Everything that volumes have left on this node; empty when there are none."""
         await self.volumes.close()
         found = [f"mount {target}" for target in mounts_below(self.scratch)]
-        for name in ("views", "volumes", "trash"):
+        for name in ("views", "farms", "volumes", "trash"):
             directory = self.data / name
             found += [f"{name}/{entry}" for entry in os.listdir(directory)] if directory.exists() else []
         found += [f"target {entry}" for entry in os.listdir(self.pods)]

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cknix_csi.api.closure import Closure
+from cknix_csi.api.limits import Limit
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.volumes.closures import Closures
-from cknix_csi.volumes.mountinfo import MountTable
+from cknix_csi.volumes.mountinfo import Mount, MountTable
 from cknix_csi.volumes.mounts import KernelMounts, Upper
+from cknix_csi.volumes.sized import KernelSizedStorage
 
 
 class Stepped:
@@ -65,6 +67,31 @@ class SteppedMounts(KernelMounts):
         end = self._steps.enter("unmount")
         super().unmount(target)
         end()
+
+    def unmount_one(self, mount: Mount) -> None:
+        end = self._steps.enter("unmount_one")
+        super().unmount_one(mount)
+        end()
+
+
+class SteppedSizedStorage(KernelSizedStorage):
+    """The kernel's places of limited size, step by step; what happens within a step: test_sized_crash.py."""
+
+    def __init__(self, steps: Stepped) -> None:
+        super().__init__(KernelMounts())
+        self._steps = steps
+
+    def make(self, path: str, limit: Limit) -> Upper:
+        end = self._steps.enter("make place")
+        upper = super().make(path, limit)
+        end()
+        return upper
+
+    def release(self, path: str) -> bool:
+        end = self._steps.enter("release place")
+        released = super().release(path)
+        end()
+        return released
 
 
 class SteppedClosures:

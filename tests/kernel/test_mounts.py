@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cknix_csi.api.errors import MountFailed
+from cknix_csi.volumes import syscalls
 from cknix_csi.volumes.mounts import KernelMounts
 from tests.kernel.node import mount_ids, run
 
@@ -90,3 +91,18 @@ def test_no_descriptor_is_left_open(places: tuple[Path, Path]) -> None:
         with pytest.raises(MountFailed):
             MOUNTS.clone(str(origin), str(target / "none"), writable=False)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_mount_that_a_name_is_in_is_told_by_the_id_of_the_mount_table(places: tuple[Path, Path]) -> None:
+    origin, target = places
+    (origin / "link").symlink_to(target)
+    for _ in range(2):
+        MOUNTS.clone(str(origin), str(target), writable=False)
+    with syscalls.owned(os.open(target.parent, os.O_PATH | os.O_DIRECTORY)) as parent:
+        beside = syscalls.statx_mount_id(parent, "origin")
+        assert syscalls.statx_mount_id(parent, "origin/link") == beside
+        assert str(syscalls.statx_mount_id(parent, "target")) in mount_ids(target)
+        MOUNTS.unmount(str(target))
+        assert syscalls.statx_mount_id(parent, "target") == beside
+        with pytest.raises(FileNotFoundError):
+            syscalls.statx_mount_id(parent, "none")

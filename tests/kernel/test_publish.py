@@ -14,6 +14,7 @@ from cknix_csi.api.errors import CknixError, Conflict
 from cknix_csi.volumes.failures import DataRootTaken, TargetUnusable
 from cknix_csi.volumes.volumes import Publication, PublishRequest
 from tests.kernel.node import Node, metadata, mount_ids, mounts_below, require_shows, run
+from tests.kernel.steps import Stepped, SteppedMounts
 from tests.kernel.store import fill_small
 
 both = pytest.mark.parametrize("writable", [False, True], ids=["read-only", "writable"])
@@ -52,6 +53,20 @@ async def test_the_mount_table_tells_what_is_published(node: Node, writable: boo
     assert node.volumes.published(target) == Publication(node.shapes.basename, writable)
     await node.unpublish()
     assert node.volumes.published(target) is None
+
+
+@both
+async def test_no_publish_of_a_known_closure_reads_the_mount_table_which_grows_with_all_that_is_mounted(
+    node: Node, writable: bool
+) -> None:
+    steps = Stepped(lambda _number, _name: None)
+    await node.restart(mounts=SteppedMounts(steps))
+    await node.publish(node.shapes, "first")
+    steps.calls.clear()
+    assert node.volumes.published(node.pods / "a") is None
+    await node.publish(node.shapes, writable=writable)
+    assert "clone" in steps.calls
+    assert "table" not in steps.calls
 
 
 async def test_read_only_volumes_of_one_closure_share_one_overlay_and_writable_ones_have_their_own(node: Node) -> None:
@@ -263,7 +278,7 @@ async def test_two_volumes_that_want_one_target_at_once_get_one_winner(node: Nod
     roots = [node.small, node.shapes] * 2
     requests = [PublishRequest(f"v{at}", node.pods / "a", root, writable=True) for at, root in enumerate(roots)]
     results = await asyncio.gather(*map(node.volumes.publish, requests), return_exceptions=True)
-    assert [type(result) for result in results if result is not None] == [Conflict] * 3
+    assert [type(result) for result in results if isinstance(result, BaseException)] == [Conflict] * 3
     assert len(mount_ids(node.pods / "a")) == 1
 
 

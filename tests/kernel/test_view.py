@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,18 @@ async def test_a_view_is_the_same_under_any_umask_and_whenever_it_is_built(node:
         await node.publish(node.shapes)
     finally:
         os.umask(before)
+    assert metadata(node.data / "views" / node.shapes.basename / "meta", content=True) == expected
+
+
+async def test_a_view_is_the_same_where_directories_inherit_an_acl(node: Node) -> None:
+    await node.publish(node.shapes)
+    expected = metadata(node.data / "views" / node.shapes.basename / "meta", content=True)
+    await node.unpublish()
+    # What acl(5) calls a default ACL, as linux/posix_acl_xattr.h has it: rwx for the owner, nothing for anyone else.
+    entries = ((0x01, 7), (0x04, 0), (0x20, 0))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, rights, 0xFFFFFFFF) for tag, rights in entries)
+    os.setxattr(node.data / "views", "system.posix_acl_default", acl)
+    await node.publish(node.shapes)
     assert metadata(node.data / "views" / node.shapes.basename / "meta", content=True) == expected
 
 

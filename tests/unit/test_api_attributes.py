@@ -108,8 +108,8 @@ def test_a_store_path_needs_no_pod() -> None:
         ),
         pytest.param(
             {"image": "nginx"},
-            'volume attribute "image": is not known; known are storePath, expression, flakeRef, expr, namespace, or a '
-            "system such as x86_64-linux",
+            'volume attribute "image": is not known; known are storePath, expression, flakeRef, expr, namespace, '
+            "sizeLimit, medium, presentation, or a system such as x86_64-linux",
             id="something else",
         ),
         pytest.param(
