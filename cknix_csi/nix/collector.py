@@ -4,15 +4,20 @@ Nix's collector reads all roots when it begins, and then deletes for as long as 
 comes too late.  So do here what Nix does for a new root of its own (``LocalStore::addTempRoot``, the same from Nix 2.5
 to 2.34): take ``gc.lock`` shared, which succeeds when nothing is being collected; otherwise send the path to
 ``gc-socket/socket``, where the collector answers once it will keep that path with its closure, or has deleted it.
+
+That answer is not to be relied on for a path that exists.  The collector deletes a path together with all that refers
+to it, some hundred or all of the garbage, and makes only those wait who name the one that it has looked at last.
 """
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import socket
 import time
 
+from cknix_csi.api.errors import CknixError, Code
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix.store import Store
 
@@ -21,13 +26,23 @@ _AGAIN_SECONDS = 0.1
 # Nix's own clients stay connected while they live.  A collector whose client leaves before it has put that connection
 # into its table aborts when the next one gets the same descriptor (seen with Nix 2.26).
 _LINGER_SECONDS = 0.1
+_PATIENCE_SECONDS = 10.0
+# Between two collections, or two portions of one, the lock may be free for no longer.
+_LOOK_SECONDS = 0.01
+
+
+class CollectionRuns(CknixError):
+    """A garbage collection may be about to delete what a volume needs."""
+
+    code = Code.UNAVAILABLE
+    reason = "CollectionRuns"
 
 
 def tell_collector(store: Store, path: StorePath) -> None:
     """Return when no collection that began before this call can delete *path* any more.
 
     To be called after the root is there and before *path* is looked up: it may be gone already.  Blocks while the
-    collector deletes *path*.  Raises OSError.
+    collector deletes *path*, unless that goes with others: see :func:`outlast_collector`.  Raises OSError.
     """
     try:
         descriptor = os.open(store.state / "gc.lock", os.O_RDWR | os.O_CLOEXEC)
@@ -37,6 +52,35 @@ def tell_collector(store: Store, path: StorePath) -> None:
         while not _idle(descriptor) and not _told(store, path):
             # The collection is about to begin or to end.
             time.sleep(_AGAIN_SECONDS)
+    finally:
+        os.close(descriptor)
+
+
+async def outlast_collector(store: Store, path: StorePath) -> None:
+    """Return when *path*, whose root is there, is gone or no collection that began before can delete it any more.
+
+    To be called after :func:`tell_collector`, when the root is a new one, by whoever could not bear that *path* goes
+    after it was looked up.  Raises OSError, and :class:`CollectionRuns` after 10 seconds.
+    """
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + _PATIENCE_SECONDS
+    while _may_be_deleted(store, path):
+        if clock() > deadline:
+            raise CollectionRuns(
+                f"{path} was in no use, and the garbage collection that runs on this node may be about to delete it; "
+                "wait for that to end, kubelet will retry"
+            )
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+def _may_be_deleted(store: Store, path: StorePath) -> bool:
+    try:
+        descriptor = os.open(store.state / "gc.lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        # What is made from now on is not among what is being deleted.
+        return not _idle(descriptor) and os.path.lexists(store.physical_path(path))
     finally:
         os.close(descriptor)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
-from cknix_csi.api.closure import Closure, PathInfo
+from cknix_csi.api.closure import Closure, Member, PathInfo
 from cknix_csi.api.errors import CknixError, Code, OutOfSpace
 from cknix_csi.api.storepath import HASH_LENGTH, STORE_DIR, StorePath
 from cknix_csi.nix.store import Store
@@ -21,6 +21,9 @@ from cknix_csi.nix.store import Store
 SCHEMA_VERSION = "10"
 
 _BUSY_SECONDS = 10.0
+# What SQLite says of a file that will never be readable again.
+_DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+_NO_TABLES = "no such table"
 # In WAL mode SQLite makes an index beside the database even to read it: 32 KiB (sqlite.org/walformat.html).
 _FULL = {"SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"}
 
@@ -29,18 +32,45 @@ _HASH = re.compile(rf"[0-9a-df-np-sv-z]{{{HASH_LENGTH}}}")
 _COLUMNS = "v.id, v.path, v.hash, v.registrationTime, v.deriver, v.narSize, v.ultimate, v.sigs, v.ca"
 
 # UNION (not UNION ALL) ends the recursion on cycles: paths may refer to themselves.
-_CLOSURE = f"""
+_CLOSURE = """
     WITH RECURSIVE closure(id) AS (
         SELECT id FROM ValidPaths WHERE path = ?
         UNION
         SELECT r.reference FROM Refs r JOIN closure c ON r.referrer = c.id
     )
-    SELECT {_COLUMNS} FROM closure c JOIN ValidPaths v ON v.id = c.id ORDER BY v.path
-"""  # noqa: S608 - a constant list of columns, no input
+    SELECT v.path, v.narSize FROM closure c JOIN ValidPaths v ON v.id = c.id ORDER BY v.path
+"""
+
+# Run with a new database as "main" and the store's as "node".
+_COPY = (
+    """
+    CREATE TEMP TABLE Members (new integer primary key, old integer unique not null)
+    """,
+    """
+    INSERT INTO Members (old)
+    WITH RECURSIVE closure(id) AS (
+        SELECT id FROM node.ValidPaths WHERE path = :root
+        UNION
+        SELECT r.reference FROM node.Refs r JOIN closure c ON r.referrer = c.id
+    )
+    SELECT v.id FROM closure c JOIN node.ValidPaths v ON v.id = c.id ORDER BY v.path
+    """,
+    """
+    INSERT INTO main.ValidPaths (id, path, hash, registrationTime, deriver, narSize, ultimate, sigs, ca)
+    SELECT m.new, v.path, v.hash, 1, v.deriver, coalesce(v.narSize, 0), nullif(v.ultimate, 0), nullif(v.sigs, ''),
+           nullif(v.ca, '')
+    FROM Members m JOIN node.ValidPaths v ON v.id = m.old ORDER BY m.new
+    """,
+    """
+    INSERT INTO main.Refs (referrer, reference)
+    SELECT m.new, n.new FROM Members m JOIN node.Refs r ON r.referrer = m.old JOIN Members n ON n.old = r.reference
+    ORDER BY m.new, n.new
+    """,
+)
 
 # As Nix creates it (schema.sql of Nix 2.8 to 2.34), and the table that read-only clients look for.
 _SCHEMA = """
-    CREATE TABLE ValidPaths (
+    CREATE TABLE IF NOT EXISTS ValidPaths (
         id               integer primary key autoincrement not null,
         path             text unique not null,
         hash             text not null,
@@ -51,28 +81,28 @@ _SCHEMA = """
         sigs             text,
         ca               text
     );
-    CREATE TABLE Refs (
+    CREATE TABLE IF NOT EXISTS Refs (
         referrer  integer not null,
         reference integer not null,
         primary key (referrer, reference),
         foreign key (referrer) references ValidPaths(id) on delete cascade,
         foreign key (reference) references ValidPaths(id) on delete restrict
     );
-    CREATE INDEX IndexReferrer on Refs(referrer);
-    CREATE INDEX IndexReference on Refs(reference);
-    CREATE TRIGGER DeleteSelfRefs before delete on ValidPaths
+    CREATE INDEX IF NOT EXISTS IndexReferrer on Refs(referrer);
+    CREATE INDEX IF NOT EXISTS IndexReference on Refs(reference);
+    CREATE TRIGGER IF NOT EXISTS DeleteSelfRefs before delete on ValidPaths
       begin
         delete from Refs where referrer = old.id and reference = old.id;
       end;
-    CREATE TABLE DerivationOutputs (
+    CREATE TABLE IF NOT EXISTS DerivationOutputs (
         drv  integer not null,
         id   text not null,
         path text not null,
         primary key (drv, id),
         foreign key (drv) references ValidPaths(id) on delete cascade
     );
-    CREATE INDEX IndexDerivationOutputs on DerivationOutputs(path);
-    CREATE TABLE SchemaMigrations (migration text primary key not null);
+    CREATE INDEX IF NOT EXISTS IndexDerivationOutputs on DerivationOutputs(path);
+    CREATE TABLE IF NOT EXISTS SchemaMigrations (migration text primary key not null);
 """
 
 
@@ -99,9 +129,15 @@ class DatabaseUnreadable(CknixError):
     reason = "NixDatabaseUnreadable"
 
 
+class DatabaseDamaged(DatabaseUnreadable):
+    """A Nix database that is no whole database any more: trying again does not help."""
+
+    reason = "NixDatabaseDamaged"
+
+
 def is_valid(store: Store, path: StorePath) -> bool:
     """True when *path* is registered.  False as well for a store that does not exist yet."""
-    with _reading(store) as database:
+    with reading(store) as database:
         if database is None:
             return False
         return database.execute("SELECT 1 FROM ValidPaths WHERE path = ?", (str(path),)).fetchone() is not None
@@ -109,18 +145,18 @@ def is_valid(store: Store, path: StorePath) -> bool:
 
 def query_closure(store: Store, root: StorePath) -> Closure:
     """*root* with everything it refers to.  Raises :class:`PathNotValid` and :class:`UnknownSchema`."""
-    with _reading(store) as database:
+    with reading(store) as database:
         rows = [] if database is None else database.execute(_CLOSURE, (str(root),)).fetchall()
-        if database is None or not rows:
-            raise PathNotValid(store, root)
-        return Closure(root, tuple(_path_infos(database, rows)))
+    if not rows:
+        raise PathNotValid(store, root)
+    return Closure(root, tuple(Member(StorePath.parse(path), size or 0) for path, size in rows))
 
 
 def path_info(store: Store, hash_part: str) -> PathInfo | None:
     """The valid path whose hash is *hash_part* (32 characters of Nix base32), or None."""
     if not _HASH.fullmatch(hash_part):
         return None
-    with _reading(store) as database:
+    with reading(store) as database:
         if database is None:
             return None
         prefix = f"{STORE_DIR}/{hash_part}"
@@ -132,52 +168,142 @@ def path_info(store: Store, hash_part: str) -> PathInfo | None:
         return None if row is None else next(_path_infos(database, [row]))
 
 
-def write_database(closure: Closure, directory: Path) -> None:
-    """Write a database of exactly *closure* as ``<directory>/db.sqlite`` with its ``schema`` file; nothing is synced.
+def require_whole(store: Store) -> None:
+    """Read through the whole database, some 5 ms for 1,000 paths.  Raises :class:`DatabaseDamaged` and others.
+
+    A store that has none is whole: Nix makes one.
+    """
+    with reading(store) as database:
+        if database is not None:
+            database.execute("SELECT 1 FROM ValidPaths LIMIT 1")
+    if store.database.exists():
+        with _opened(store, "rw") as database:
+            if (found := str(database.execute("PRAGMA quick_check(1)").fetchone()[0])) != "ok":
+                raise DatabaseDamaged(_unreadable(store, found))
+
+
+def registered(store: Store) -> set[str]:
+    """All valid paths; also on a full disk, as long as nobody else has the database open."""
+    query = "SELECT path FROM ValidPaths"
+    try:
+        with reading(store) as database:
+            return set() if database is None else {path for (path,) in database.execute(query)}
+    except OutOfSpace:
+        with _opened(store, "rw") as database:
+            # Alone, SQLite keeps in memory what it would need a file for.
+            database.execute("PRAGMA locking_mode = EXCLUSIVE")
+            return {path for (path,) in database.execute(query)}
+
+
+def read_database(file: Path, known: Collection[str]) -> list[PathInfo]:
+    """The paths of a database that :func:`write_database` wrote, but those that are *known*.
+
+    Raises :class:`DatabaseUnreadable`.
+    """
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True)) as database:
+            rows = database.execute(f"SELECT {_COLUMNS} FROM ValidPaths v").fetchall()  # noqa: S608
+            return list(_path_infos(database, [row for row in rows if row[1] not in known]))
+    except sqlite3.Error as error:
+        raise DatabaseUnreadable(f"the Nix database {file} cannot be read: {error}") from error
+
+
+def read_paths(file: Path) -> set[str]:
+    """All paths of a database that :func:`write_database` wrote.  Raises :class:`DatabaseUnreadable`."""
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True)) as database:
+            return {path for (path,) in database.execute("SELECT path FROM ValidPaths")}
+    except sqlite3.Error as error:
+        raise DatabaseUnreadable(f"the Nix database {file} cannot be read: {error}") from error
+
+
+def register(store: Store, infos: Collection[PathInfo]) -> None:
+    """Add *infos* to the store's database, which is made where none is; paths that it has stay as they are.
+
+    References to paths that neither has are left out.  Raises :class:`OutOfSpace`, :class:`DatabaseUnreadable`.
+    """
+    (store.state / "db").mkdir(parents=True, exist_ok=True)
+    with _opened(store, "rwc") as database:
+        database.executescript(_SCHEMA)
+        database.execute("BEGIN IMMEDIATE")
+        database.executemany(
+            "INSERT OR IGNORE INTO ValidPaths (path, hash, registrationTime, deriver, narSize, ultimate, sigs, ca) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (_row(info) for info in infos),
+        )
+        database.executemany(
+            "INSERT OR IGNORE INTO Refs "
+            "SELECT a.id, b.id FROM ValidPaths a, ValidPaths b WHERE a.path = ? AND b.path = ?",
+            ((str(info.path), str(reference)) for info in infos for reference in info.references),
+        )
+        database.execute("COMMIT")
+    if not (schema := store.state / "db/schema").exists():
+        schema.write_text(SCHEMA_VERSION)
+
+
+def set_aside(store: Store) -> Path:
+    """Move the database, with what belongs to it, to ``db/damaged``, over one that is there; gives that directory."""
+    directory = store.state / "db"
+    aside = directory / "damaged"
+    aside.mkdir(exist_ok=True)
+    # The schema goes last: without it Nix and this program take the store for a new one.
+    for name in ("db.sqlite-wal", "db.sqlite-shm", "db.sqlite", "schema"):
+        with suppress(FileNotFoundError):
+            (directory / name).replace(aside / name)
+    return aside
+
+
+def write_database(store: Store, closure: Closure, directory: Path) -> None:
+    """Copy what *store* knows of *closure* to ``<directory>/db.sqlite`` with its ``schema`` file; nothing is synced.
 
     The same closure gives the same bytes: rows are in the order of their paths and registration times are fixed.  It
     is in rollback-journal mode, which a client can read on a read-only file system.
-    Raises :class:`OutOfSpace`, OSError.
+    Raises :class:`OutOfSpace`, OSError, :class:`PathNotValid` when *store* has another closure by now, and what
+    :func:`query_closure` raises.
     """
     target = directory / "db.sqlite"
     target.unlink(missing_ok=True)
+    if not _has_database(store):
+        raise PathNotValid(store, closure.root)
     try:
-        _write_rows(closure, target)
+        copied = _copy(store, closure.root, target)
     except sqlite3.Error as error:
+        query_closure(store, closure.root)  # raises when it is the store's that cannot be read
+        if getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY"):  # by now it can, but not then
+            raise DatabaseUnreadable(_unreadable(store, str(error))) from error
         # In a fresh file nothing else can go wrong: SQLite says "disk I/O error" for some kinds of a full disk.
         raise OutOfSpace(f"the database of {closure.root} cannot be written to {directory}: {error}") from error
+    if copied != len(closure.paths):
+        raise PathNotValid(store, closure.root)
     (directory / "schema").write_text(SCHEMA_VERSION)
 
 
-def _write_rows(closure: Closure, target: Path) -> None:
-    ids = {info.path: number for number, info in enumerate(closure.paths, start=1)}
-    with closing(sqlite3.connect(target, isolation_level=None)) as database:
-        database.execute("PRAGMA journal_mode = OFF")
-        database.execute("PRAGMA synchronous = OFF")
-        database.executescript(_SCHEMA)
-        database.execute("BEGIN")
-        database.executemany(
-            "INSERT INTO ValidPaths VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                (
-                    ids[info.path],
-                    str(info.path),
-                    info.nar_hash,
-                    1,
-                    info.deriver,
-                    info.nar_size,
-                    1 if info.ultimate else None,
-                    " ".join(info.signatures) or None,
-                    info.content_address,
-                )
-                for info in closure.paths
-            ),
-        )
-        database.executemany(
-            "INSERT INTO Refs VALUES (?, ?)",
-            ((ids[info.path], ids[reference]) for info in closure.paths for reference in info.references),
-        )
+def _copy(store: Store, root: StorePath, target: Path) -> int:
+    """Returns the number of paths."""
+    with closing(_connect(f"file:{quote(str(target))}")) as database:
+        for setting in ("main.journal_mode = OFF", "main.synchronous = OFF", "temp_store = MEMORY"):
+            database.execute(f"PRAGMA {setting}")
+        database.execute("ATTACH ? AS node", (_uri(store, "rw"),))
+        database.executescript(f"BEGIN; {_SCHEMA}")
+        for statement in _COPY:
+            database.execute(statement, {"root": str(root)})
+        [(copied,)] = database.execute("SELECT count(*) FROM Members")
         database.execute("COMMIT")
+        return int(copied)
+
+
+def _row(info: PathInfo) -> tuple[str | int | None, ...]:
+    """The columns of ``ValidPaths`` but its ``id``."""
+    return (
+        str(info.path),
+        info.nar_hash,
+        info.registration_time,
+        info.deriver,
+        info.nar_size,
+        1 if info.ultimate else None,
+        " ".join(info.signatures) or None,
+        info.content_address,
+    )
 
 
 def _path_infos(database: sqlite3.Connection, rows: Sequence[tuple[object, ...]]) -> Iterator[PathInfo]:
@@ -201,27 +327,56 @@ def _path_infos(database: sqlite3.Connection, rows: Sequence[tuple[object, ...]]
 
 
 @contextmanager
-def _reading(store: Store) -> Iterator[sqlite3.Connection | None]:
+def reading(store: Store) -> Iterator[sqlite3.Connection | None]:
     """A read transaction on the store's database; None when the store has none yet."""
+    if not _has_database(store):
+        yield None
+        return
+    # Read-write is needed even to read: in WAL mode SQLite maps its -shm file for writing.
+    with _opened(store, "rw") as database:
+        database.execute("BEGIN")
+        yield database
+
+
+def _has_database(store: Store) -> bool:
+    """False for a store that Nix has not begun yet.  Raises :class:`UnknownSchema`, :class:`DatabaseDamaged`."""
     try:
         version = (store.state / "db/schema").read_text().strip()
     except FileNotFoundError:
-        yield None
-        return
+        return False
+    if not version:
+        raise DatabaseDamaged(_unreadable(store, "its schema file is empty"))
     if version != SCHEMA_VERSION:
         raise UnknownSchema(
             f"the Nix database {store.database} has schema {version!r}; this version of cknix knows {SCHEMA_VERSION}"
         )
-    # Read-write is needed even to read: in WAL mode SQLite maps its -shm file for writing.
-    uri = f"file:{quote(str(store.database))}?mode=rw"
+    return True
+
+
+@contextmanager
+def _opened(store: Store, mode: str) -> Iterator[sqlite3.Connection]:
+    """The store's database, opened in SQLite's *mode*; its errors become this module's."""
     try:
-        with closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)) as database:
-            database.execute("BEGIN")
+        with closing(_connect(_uri(store, mode))) as database:
             yield database
     except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorname", "") in _FULL:
+        kind = getattr(error, "sqlite_errorname", "")
+        if kind in _FULL:
             raise OutOfSpace(
                 f"the file system of the store {store.physical} is full, so that not even its database can be read "
                 f"({error}); free space there"
             ) from error
-        raise DatabaseUnreadable(f"the Nix database {store.database} cannot be read: {error}") from error
+        damaged = kind.startswith(_DAMAGED) or _NO_TABLES in str(error) or not store.database.exists()
+        raise (DatabaseDamaged if damaged else DatabaseUnreadable)(_unreadable(store, str(error))) from error
+
+
+def _connect(uri: str) -> sqlite3.Connection:
+    return sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
+
+
+def _uri(store: Store, mode: str) -> str:
+    return f"file:{quote(str(store.database))}?mode={mode}"
+
+
+def _unreadable(store: Store, why: str) -> str:
+    return f"the Nix database {store.database} cannot be read: {why}"

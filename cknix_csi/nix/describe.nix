@@ -9,6 +9,8 @@ let
   context = builtins.getContext text;
   text = "${called}";
   isDerivation = name: builtins.match ".*\\.drv" name != null;
+  # Of an entry of the context: no names for all outputs, null for the derivation's own file, which is there already.
+  wanted = entry: if entry.allOutputs or false then [ ] else entry.outputs or null;
   take = n: list: builtins.genList (builtins.elemAt list) (
     let length = builtins.length list; in if length < n then length else n
   );
@@ -25,8 +27,8 @@ else if builtins.isString called || builtins.isPath called then
   {
     kind = "path";
     path = text;
-    derivations = map (name: { path = name; outputs = context.${name}.outputs or [ ]; })
-      (builtins.filter isDerivation (builtins.attrNames context));
+    derivations = map (name: { path = name; outputs = wanted context.${name}; })
+      (builtins.filter (name: isDerivation name && wanted context.${name} != null) (builtins.attrNames context));
   }
 else if builtins.isAttrs called then
   { kind = "set"; names = take 12 (builtins.attrNames called); }

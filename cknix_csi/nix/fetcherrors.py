@@ -7,14 +7,18 @@ What Nix 2.8, 2.26 and 2.34 say alike:
 * a cache that cannot be reached: ``unable to download '<url>'``, as a warning that drops the cache for this command
   (after which the path looks as if nobody had it), or as the error itself;
 * a narinfo that was remembered while the NAR is gone: ``does not exist in binary cache``;
-* a path that nobody has: ``don't know how to build these paths``.
+* a path that nobody has: ``don't know how to build these paths``;
+* a garbage collection that ended just then: ``cannot connect to socket at '…/gc-socket/socket'``;
+* a reference that was there, and was collected before the path itself came: ``path '<reference>' is not valid``,
+  ``reference '<reference>' of path '<path>' is not a valid path``, or a broken assertion of that.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from cknix_csi.api.errors import CacheUnavailable, CknixError, NotFound, PathUntrusted
+from cknix_csi.api.errors import CacheUnavailable, CknixError, Code, NotFound, PathUntrusted
 from cknix_csi.api.storepath import StorePath
 
 _UNTRUSTED = (
@@ -23,8 +27,35 @@ _UNTRUSTED = (
     "lacks a valid signature",
     "lacks a signature by a trusted key",
 )
-_UNREACHABLE = ("unable to download", "does not exist in binary cache")
+_DOWNLOAD = "unable to download"
+_UNREACHABLE = (_DOWNLOAD, "does not exist in binary cache")
+_LEFT_OUT = " cannot be downloaded, ignoring"
+_GONE_COLLECTOR = re.compile("cannot connect to socket at '.*/gc-socket/socket'")
+_COLLECTED = ("' is not valid", "' is not a valid path", "Assertion `worker.store.isValidPath(")
 _RETRYING = "; retrying in"
+_ANSWERED = re.compile("HTTP error [1-9]|unable to download 'file:")
+
+
+class PathCollected(CknixError):
+    """A garbage collection took a part of what was being fetched: the same fetch may succeed now."""
+
+    code = Code.UNAVAILABLE
+    reason = "PathCollected"
+
+    def __init__(self, path: StorePath) -> None:
+        super().__init__(f"a garbage collection came in between while {path} was fetched or built; it is tried again")
+
+
+def unreachable(errors: Sequence[str], warnings: Sequence[str]) -> str:
+    """Which server could not be asked, and why, by what a command said; empty when all have answered."""
+    said = [message for message in (*warnings, *errors) if _RETRYING not in message and not _ANSWERED.search(message)]
+    why = _with(said, _DOWNLOAD)
+    return f"{_DOWNLOAD}{why.partition(_DOWNLOAD)[2]}" if why else _with(said, _LEFT_OUT).removesuffix(", ignoring")
+
+
+def met_collector(errors: Sequence[str]) -> bool:
+    """True when a command failed because a garbage collection ended just as it announced what it uses (Nix 2.8)."""
+    return any(_GONE_COLLECTOR.search(message) for message in errors)
 
 
 def fetch_error(path: StorePath, urls: Sequence[str], errors: Sequence[str], warnings: Sequence[str]) -> CknixError:
@@ -45,6 +76,8 @@ def fetch_error(path: StorePath, urls: Sequence[str], errors: Sequence[str], war
             return CacheUnavailable(
                 f"{path} is not on this node, {asked} does not have it, and another cache could not be asked: {found}"
             )
+    if met_collector(said) or any(words in message for message in said for words in _COLLECTED):
+        return PathCollected(path)
     if not urls:
         return CacheUnavailable(f"{path} is not on this node; {asked} do not have it")
     return NotFound(

@@ -23,8 +23,10 @@ class GcRoots:
     A name is one or more plain file names joined by ``/``.  Only one process may own a directory of roots at a time.
     """
 
-    def __init__(self, store: Store, owner: str) -> None:
+    def __init__(self, store: Store, owner: str, *, durable: bool = True) -> None:
+        """*durable*: a root is on the disk when :meth:`add` returns; not so for those a power cut leaves no need of."""
         self._store = store
+        self._durable = durable
         self._directory = store.gcroots / owner
         # remove() takes away empty directories under the feet of an add() in another thread.
         self._lock = threading.Lock()
@@ -32,11 +34,18 @@ class GcRoots:
     def add(self, name: str, path: StorePath) -> None:
         """Root *path* under *name*, replacing what was there.
 
-        When this returns, the root is durable and holds also against a collection that began before; *path* may be gone
-        already: look it up afterwards.
+        When this returns, the root holds also against a collection that began before, but for one that is about to
+        delete *path* together with others; *path* may be gone already: look it up afterwards.
         """
         self._link_to(self._link(name), path)
         tell_collector(self._store, path)
+
+    def has(self, name: str, path: StorePath) -> bool:
+        """True when *path* is rooted under *name*."""
+        try:
+            return os.readlink(self._link(name)) == str(path)
+        except FileNotFoundError:
+            return False
 
     def _link_to(self, link: Path, path: StorePath) -> None:
         with self._lock:
@@ -45,12 +54,16 @@ class GcRoots:
                     return
             except FileNotFoundError:
                 pass
-            _make_directory(link.parent)
+            if self._durable:
+                _make_directory(link.parent)
+            else:
+                link.parent.mkdir(parents=True, exist_ok=True)
             beside = link.with_name(_NEW)
             beside.unlink(missing_ok=True)
             beside.symlink_to(str(path))
             beside.replace(link)
-            _fsync_directory(link.parent)
+            if self._durable:
+                _fsync_directory(link.parent)
 
     def remove(self, name: str) -> None:
         """Drop the root *name*, and directories that are empty without it.  No root of that name is no error."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import grp
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,24 +22,29 @@ from typing import Any
 
 from cknix_csi.api.errors import (
     BuildFailed,
+    CacheUnavailable,
     CknixError,
-    Code,
     DeadlineExceeded,
     EvaluationFailed,
+    NotFound,
     OutOfSpace,
+    SourceUnavailable,
 )
 from cknix_csi.api.expression import FLAKE_REF_PATTERN, Data
 from cknix_csi.api.progress import Progress, humanise
 from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
 from cknix_csi.nix import database, localflakes, process
 from cknix_csi.nix.confine import confined, contained
-from cknix_csi.nix.fetcherrors import fetch_error
+from cknix_csi.nix.fetcherrors import PathCollected, fetch_error, met_collector, unreachable
 from cknix_csi.nix.log import Log
 from cknix_csi.nix.readable import readable
+from cknix_csi.nix.recovery import missing, recover
 from cknix_csi.nix.store import Store
 from cknix_csi.nix.substituters import CacheEndpoint
 
 OnProgress = Callable[[Progress], None]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,8 @@ class Evaluation:
 
     result: StorePath
     derivations: tuple[str, ...] = ()
-    """Installables such as ``/nix/store/….drv!out``; none when the path is there already or must be substituted."""
+    """For ``nix-store --realise``: ``/nix/store/….drv!out,lib``, or ``/nix/store/….drv`` for all outputs; none when the
+    path is there already or must be substituted."""
 
 
 class Nix:
@@ -84,6 +91,7 @@ class Nix:
         """
         if data.kind == "storePath":
             return Evaluation(StorePath.parse(data.text))
+        await asyncio.to_thread(recover, self.store)
         if data.kind == "flakeRef":
             _require_flake_ref(data.text)
             arguments = ["--no-write-lock-file"]
@@ -111,33 +119,69 @@ class Nix:
         return _evaluation(data, description)
 
     async def build(self, evaluation: Evaluation, *, progress: OnProgress) -> None:
-        """Make the result of *evaluation* valid.  Raises :class:`BuildFailed` or :class:`DeadlineExceeded`."""
+        """Make the result of *evaluation* valid, and make anew what its closure lacks on disk.
+
+        Raises :class:`BuildFailed`, :class:`DeadlineExceeded`, :class:`OutOfSpace`.
+        """
+        await asyncio.to_thread(recover, self.store)
         targets = evaluation.derivations or (str(evaluation.result),)
+        await self._realise("--realise", targets, evaluation, progress)
+        if gone := await asyncio.to_thread(lambda: missing(self.store, evaluation.result)):
+            # To Nix they are there, and so it has done nothing.
+            _log.warning("%d registered paths of %s are not on disk", len(gone), evaluation.result)
+            await self._realise("--repair-path", [str(path) for path in gone], evaluation, progress)
+
+    async def _realise(
+        self, operation: str, targets: Sequence[str], evaluation: Evaluation, progress: OnProgress
+    ) -> None:
         log = Log(progress)
         timeout = self._options.build_timeout
         try:
             command = self._on_this_store(
-                ["nix-store", "--realise", *targets, *_LOGGING, *_as_arguments(self._options.settings)]
+                ["nix-store", operation, *targets, *_LOGGING, *_as_arguments(self._options.settings)]
             )
             completed = await self._run(contained(command), log, timeout)
         except TimeoutError:
             raise DeadlineExceeded(
-                f"the build of {evaluation.result} did not end within {humanise(timeout)} and was stopped"
-                f"; raise CKNIX_BUILD_TIMEOUT if it needs longer{_after(self._readable(log.failure))}"
+                f"the build of {evaluation.result} did not end within {humanise(timeout)} and was stopped; "
+                f"raise CKNIX_BUILD_TIMEOUT if it needs longer\n{self._readable(log.failure)}".rstrip()
             ) from None
         if completed.code == 0 and await asyncio.to_thread(database.is_valid, self.store, evaluation.result):
             return
         _raise_if_full(log.error, self.store)
+        if met_collector(log.errors):
+            raise PathCollected(evaluation.result)
         if not evaluation.derivations:
+            if why := unreachable(log.errors, log.warnings):
+                raise CacheUnavailable(f"{evaluation.result} is not in the store, and a substituter is away: {why}")
             raise BuildFailed(f"{evaluation.result} is not in the store and no substituter has it{_after(log.error)}")
-        raise BuildFailed(self._readable(log.failure) or f"nix-store --realise ended with code {completed.code}")
+        raise BuildFailed(self._readable(log.failure) or f"nix-store {operation} ended with code {completed.code}")
 
     async def substitute(self, path: StorePath, caches: Sequence[CacheEndpoint], *, progress: OnProgress) -> None:
         """Fetch the closure of *path* from *caches* (and those of nix.conf), believing only their signatures.
 
         Raises :class:`CacheUnavailable`, :class:`PathUntrusted`, :class:`NotFound`, :class:`OutOfSpace` or
-        :class:`DeadlineExceeded`; and UNAVAILABLE when it has been collected again already.
+        :class:`DeadlineExceeded`; and :class:`PathCollected` when a garbage collection came in between.
         """
+        await self._fetch("--realise", [path], caches, progress)
+        if not await asyncio.to_thread(database.is_valid, self.store, path):
+            # A collector that read the roots before the path was valid has skipped the one that waits for it.
+            raise PathCollected(path)
+
+    async def repair(
+        self, paths: Sequence[StorePath], caches: Sequence[CacheEndpoint], *, progress: OnProgress
+    ) -> None:
+        """Fetch the valid *paths* again, these alone, over whatever is there: only for those that nothing uses.
+
+        Raises what :meth:`substitute` raises.
+        """
+        # `--realise --repair` leaves out what the path refers to, and `--delete` refuses what others refer to.
+        await self._fetch("--repair-path", paths, caches, progress)
+
+    async def _fetch(
+        self, operation: str, paths: Sequence[StorePath], caches: Sequence[CacheEndpoint], progress: OnProgress
+    ) -> None:
+        """Let ``nix-store`` do *operation* on *paths*, with *caches* and those of nix.conf."""
         log = Log(progress)
         urls = [cache.url for cache in caches]
         timeout = self._options.fetch_timeout
@@ -153,28 +197,29 @@ class Nix:
             "stalled-download-timeout": "30",
             "download-attempts": "2",
             "max-jobs": "0",
-            "fallback": "false",
+            # Nothing is built with no jobs; but without it one cache that fails, fails what another one has.
+            "fallback": "true",
         }
+        names = [str(path) for path in paths]
         try:
-            command = self._on_this_store(["nix-store", "--realise", str(path), *_LOGGING, *_as_arguments(options)])
+            command = self._on_this_store(["nix-store", operation, *names, *_LOGGING, *_as_arguments(options)])
             completed = await self._run(command, log, timeout)
         except TimeoutError:
             raise DeadlineExceeded(
-                f"fetching {path} from {', '.join(urls) or 'the substituters of nix.conf'} did not end within "
+                f"fetching {paths[0]} from {', '.join(urls) or 'the substituters of nix.conf'} did not end within "
                 f"{humanise(timeout)} and was stopped; "
                 "raise CKNIX_FETCH_TIMEOUT if it needs longer"
             ) from None
         if completed.code == 0:
-            if await asyncio.to_thread(database.is_valid, self.store, path):
-                return
-            # A collector that read the roots before the path was valid has skipped the one that waits for it.
-            raise CknixError(
-                f"{path} was fetched, and collected at once by a garbage collection on this node; kubelet will retry",
-                code=Code.UNAVAILABLE,
-                reason="PathCollected",
-            )
+            return
         _raise_if_full(log.error, self.store)
-        raise fetch_error(path, urls, log.errors, log.warnings)
+        blamed = next((path for path in paths if str(path) in log.error), paths[0])
+        error = fetch_error(blamed, urls, log.errors, log.warnings)
+        if isinstance(error, NotFound):
+            # Its words are for the reader of a pod's events, who needs none of Nix's; the administrator may.
+            said = " | ".join(" ".join(message.split()) for message in (*log.warnings, *log.errors))
+            _log.warning("Nix could not fetch %s: %s", blamed, _shortened(said, _MAX_LOGGED))
+        raise error
 
     async def _describe(
         self, arguments: list[str], installables: list[str], system: str, renames: Mapping[str, str]
@@ -214,6 +259,10 @@ class Nix:
                 message = _SOURCE.sub(f"{STORE_DIR}/…-source", message)
             message = message or f"nix eval ended with code {completed.code}"
             _raise_if_full(message, self.store)
+            # An entry of the search path that cannot be downloaded is left out with a warning.
+            warnings = log.warnings if "was not found in the Nix search path" in message else []
+            if why := unreachable(log.errors, warnings):
+                raise SourceUnavailable(f"what the evaluation reads cannot be downloaded now: {why}")
             raise EvaluationFailed(message)
         description = json.loads(completed.stdout)
         assert isinstance(description, dict)
@@ -229,6 +278,7 @@ class Nix:
         """Run *argv* in *directory*, which is made, or where this program was started."""
         try:
             await asyncio.to_thread(self._scratch)
+            await asyncio.to_thread(self.store.prepare)
             if directory is not None:
                 await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True, exist_ok=True)
             return await process.run(argv, env=self._environment(), deadline=deadline, on_line=log.feed, cwd=directory)
@@ -266,6 +316,7 @@ def installed() -> bool:
 
 
 _MAX_FULL_CHARACTERS = 240
+_MAX_LOGGED = 2000
 # Bytes; with less than this SQLite cannot even map its -shm file.
 _LITTLE = 64 * 1024
 _SOURCE = re.compile(rf"{STORE_DIR}/[0-9a-z]{{32}}-source")
@@ -328,7 +379,9 @@ def _evaluation(data: Data, description: Mapping[str, Any]) -> Evaluation:
         raise EvaluationFailed(f"{data.kind} evaluates to the file {result}; {wanted}, so leave out .drvPath")
     return Evaluation(
         result,
-        tuple(f"{entry['path']}!{','.join(entry['outputs'] or ['*'])}" for entry in description["derivations"]),
+        tuple(
+            "!".join(filter(None, (entry["path"], ",".join(entry["outputs"])))) for entry in description["derivations"]
+        ),
     )
 
 

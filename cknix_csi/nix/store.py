@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from cknix_csi.api.storepath import StorePath
+from cknix_csi.api.storepath import InvalidStorePath, StorePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,5 +43,24 @@ class Store:
         """The directory of this program's own GC roots."""
         return self.state / "gcroots/cknix"
 
+    def prepare(self) -> None:
+        """Make the directory of GC roots as Nix would at its first command, but also when several begin at once.
+
+        Nix looks for the directory, makes it and then its link, and gives up when another process's link is there.
+        """
+        link = self.state / "gcroots/profiles"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            link.symlink_to(self.state / "profiles")
+
     def physical_path(self, path: StorePath) -> Path:
         return self.physical / path.basename
+
+
+def is_basename(name: str) -> bool:
+    """True when *name* is that of a store path, without its directory."""
+    try:
+        StorePath.from_basename(name)
+    except InvalidStorePath:
+        return False
+    return True

@@ -13,6 +13,29 @@ from tests import nixes
 from tests.nixes import NixEnv, NixUnavailable, NixVersion, Suite
 
 DEMO = Path(__file__).parents[2] / "nix/demo"
+IMAGES_NIX = "trixie"
+"""Debian's suite whose Nix is in our image."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "one_nix: is about our own code only, and runs with the Nix of our image")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked ``one_nix`` with any other Nix; with one Nix selected, everything runs with that."""
+    if len(nixes.selected()) == 1:
+        return
+    left_out = [item for item in items if item.get_closest_marker("one_nix") and _suite_of(item) != IMAGES_NIX]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _suite_of(item: pytest.Item) -> str:
+    """The name of the suite that a test gets as `nix`."""
+    assert isinstance(item, pytest.Function)
+    suite = item.callspec.params["nix"]
+    assert isinstance(suite, Suite)
+    return suite.name
 
 
 @pytest.fixture(scope="session", params=nixes.selected(), ids=nixes.name_of)

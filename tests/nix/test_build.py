@@ -107,6 +107,13 @@ async def test_only_the_wanted_output_is_promised(room: Room) -> None:
     assert (await room.demo("multi")).name == "multi"
 
 
+async def test_a_text_with_all_outputs_of_a_derivation_in_it_is_built(room: Room) -> None:
+    path, _ = await room.build(f'let p = {PACKAGES}; in "${{p.hello}}${{builtins.substring 0 0 p.multi.drvPath}}"')
+    assert path.name == "hello"
+    outputs = (await room.evaluate(f"{PACKAGES}.multi.{output}") for output in ("out", "lib", "doc"))
+    assert [room.is_valid(output.result) async for output in outputs] == [True] * 3
+
+
 async def test_a_failure_shows_the_builders_last_lines_and_nixs_error(room: Room) -> None:
     message = await failed(room, f"{PACKAGES}.broken")
     lines = message.splitlines()

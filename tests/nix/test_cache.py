@@ -18,12 +18,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cknix_csi.api.closure import Closure, PathInfo
+from cknix_csi.api.closure import PathInfo
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix.cache import base32, nar
 from cknix_csi.nix.cache.narinfo import nar_url
 from cknix_csi.nix.cache.signing import KeyPair, fingerprint, generate_key, sign
-from cknix_csi.nix.database import path_info, write_database
+from cknix_csi.nix.database import path_info, register
 from cknix_csi.nix.store import Store
 from tests import nixes
 from tests.nix.cache_process import Served, cache_process
@@ -347,7 +347,7 @@ def test_a_big_path_is_never_held_in_memory(tmp_path: Path) -> None:
     for piece in nar.dump(store.physical_path(path)):
         digest.update(piece)
     info = PathInfo(path, f"sha256:{digest.hexdigest()}", 200 * MEBIBYTE + 112, ())
-    write_database(Closure(path, (info,)), store.database.parent)
+    register(store, [info])
 
     async def download(url: str) -> str:
         digest = hashlib.sha256()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import threading
@@ -17,11 +19,11 @@ import pytest
 import pytest_asyncio
 
 from cknix_csi.api.closure import Closure, PathInfo
-from cknix_csi.api.errors import Code
+from cknix_csi.api.errors import Code, OutOfSpace
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix import database
 from cknix_csi.nix.closures import StoreClosures
-from cknix_csi.nix.database import DatabaseUnreadable, PathNotValid, UnknownSchema
+from cknix_csi.nix.database import DatabaseDamaged, DatabaseUnreadable, PathNotValid, UnknownSchema
 from cknix_csi.nix.store import Store
 from tests import nixes
 from tests.nix.room import Room
@@ -75,9 +77,9 @@ async def test_a_closure_is_field_by_field_what_nix_says(room: Room, attribute: 
     root = await room.demo(attribute)
     closure = database.query_closure(room.store, root)
     assert closure.root == root
-    assert [str(info.path) for info in closure.paths] == room.closure(root)
+    assert [str(member.path) for member in closure.paths] == room.closure(root)
     told = room.path_infos(root)
-    for info in closure.paths:
+    for info in infos_of(room.store, closure):
         nix = told[str(info.path)]
         assert [str(reference) for reference in info.references] == sorted(map(full, nix["references"]))
         assert nix["narHash"] in (sri(info.nar_hash), info.nar_hash)
@@ -87,30 +89,32 @@ async def test_a_closure_is_field_by_field_what_nix_says(room: Room, attribute: 
         assert info.content_address == nix.get("ca")
         assert info.ultimate == nix.get("ultimate", False)
         assert info.registration_time == nix["registrationTime"]
+    assert [member.nar_size for member in closure.paths] == [told[path]["narSize"] for path in room.closure(root)]
     assert closure.nar_size == sum(entry["narSize"] for entry in told.values())
 
 
 async def test_signatures_are_all_read(room: Room) -> None:
     path = await room.demo("file")
     expected = {sign(room, path, "first-1"), sign(room, path, "second-1")}
-    [info] = [info for info in database.query_closure(room.store, path).paths if info.path == path]
+    info = database.path_info(room.store, path.hash)
+    assert info is not None
     assert set(info.signatures) == expected
 
 
 async def test_a_reference_to_itself_is_kept(room: Room) -> None:
     path, _ = await room.build(SELF)
-    [info] = [info for info in database.query_closure(room.store, path).paths if info.path == path]
+    info = database.path_info(room.store, path.hash)
+    assert info is not None
     assert path in info.references
     assert str(path) in room.env.lines("nix-store", "-q", "--references", str(path))
 
 
 def test_paths_that_refer_to_each_other_end_the_search(tmp_path: Path) -> None:
     one, two = (StorePath("0" * 31 + digit, f"path-{digit}") for digit in "12")
-    closure = Closure(one, (info(one, (one, two)), info(two, (one,))))
-    store = stored(closure, tmp_path)
-    assert database.query_closure(store, one).paths == registered_at_1(closure)
-    assert database.query_closure(store, two).root == two
-    assert len(database.query_closure(store, two).paths) == 2
+    store = stored(tmp_path, info(one, (one, two)), info(two, (one,)))
+    for root in (one, two):
+        closure = database.query_closure(store, root)
+        assert (closure.root, [member.path for member in closure.paths]) == (root, [one, two])
 
 
 async def test_what_is_not_there_is_not_valid(room: Room) -> None:
@@ -133,9 +137,9 @@ def test_a_store_that_does_not_exist_has_no_valid_paths_and_is_not_created(tmp_p
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("version", ["9", "11", "", "ten"])
+@pytest.mark.parametrize("version", ["9", "11", "ten"])
 def test_an_unknown_schema_is_refused(tmp_path: Path, version: str) -> None:
-    store = stored(Closure(NOBODY, (info(NOBODY),)), tmp_path)
+    store = stored(tmp_path, info(NOBODY))
     (store.state / "db/schema").write_text(version)
     for ask in (
         lambda: database.is_valid(store, NOBODY),
@@ -148,14 +152,14 @@ def test_an_unknown_schema_is_refused(tmp_path: Path, version: str) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"this is no database at all" * 100])
 def test_a_damaged_database_is_told_with_its_place(tmp_path: Path, damage: bytes) -> None:
-    store = stored(Closure(NOBODY, (info(NOBODY),)), tmp_path)
+    store = stored(tmp_path, info(NOBODY))
     store.database.write_bytes(damage)
     with pytest.raises(DatabaseUnreadable, match=re.escape(str(store.database))):
         database.query_closure(store, NOBODY)
 
 
 def test_a_missing_database_beside_its_schema_is_told(tmp_path: Path) -> None:
-    store = stored(Closure(NOBODY, (info(NOBODY),)), tmp_path)
+    store = stored(tmp_path, info(NOBODY))
     store.database.unlink()
     with pytest.raises(DatabaseUnreadable):
         database.is_valid(store, NOBODY)
@@ -164,7 +168,7 @@ def test_a_missing_database_beside_its_schema_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["with space", "a?b", "a#b", "a%41", "Grüße"])
 def test_a_database_may_be_in_an_odd_place(tmp_path: Path, name: str) -> None:
-    store = stored(Closure(NOBODY, (info(NOBODY),)), tmp_path / name)
+    store = stored(tmp_path / name, info(NOBODY))
     assert database.is_valid(store, NOBODY)
 
 
@@ -174,7 +178,6 @@ async def test_a_path_is_found_by_its_hash_alone(room: Room) -> None:
         found = database.path_info(room.store, path.hash)
         assert found is not None
         assert found.path == path
-        assert found in database.query_closure(room.store, hello).paths
 
 
 async def test_what_is_no_hash_finds_nothing(room: Room) -> None:
@@ -189,7 +192,7 @@ def test_a_hash_is_not_confused_with_a_longer_name(tmp_path: Path) -> None:
     """Two paths of one hash cannot be, but names that sort around '-' can."""
     names = ["a", "a-b", "a.b", "a+b", "z"]
     paths = [StorePath(f"{number}" * 32, name) for number, name in enumerate(names)]
-    store = stored(Closure(paths[0], tuple(info(path) for path in paths)), tmp_path)
+    store = stored(tmp_path, *map(info, paths))
     for path in paths:
         found = database.path_info(store, path.hash)
         assert found is not None
@@ -230,12 +233,15 @@ async def test_reading_goes_on_while_nix_writes(room: Room) -> None:
 
 async def test_a_writer_that_holds_the_database_does_not_stop_a_reader(room: Room) -> None:
     hello = await room.demo("hello")
+    before = database.path_info(room.store, hello.hash)
     writer = sqlite3.connect(room.store.database, isolation_level=None)
     try:
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("UPDATE ValidPaths SET registrationTime = 0")
         assert database.is_valid(room.store, hello)
-        assert all(one.registration_time > 0 for one in database.query_closure(room.store, hello).paths)
+        assert before is not None
+        assert before.registration_time > 0
+        assert database.path_info(room.store, hello.hash) == before
         writer.execute("ROLLBACK")
     finally:
         writer.close()
@@ -248,45 +254,91 @@ def info(path: StorePath, references: tuple[StorePath, ...] = ()) -> PathInfo:
     return PathInfo(path, f"sha256:{'0' * 64}", 1, references)
 
 
-def registered_at_1(closure: Closure) -> tuple[PathInfo, ...]:
-    return tuple(dataclasses.replace(one, registration_time=1) for one in closure.paths)
-
-
-def stored(closure: Closure, root: Path) -> Store:
-    """A chroot store with nothing but the database of *closure*."""
+def stored(root: Path, *infos: PathInfo) -> Store:
+    """A chroot store with nothing but a database of *infos*."""
     store = Store.chroot(root)
-    (store.state / "db").mkdir(parents=True)
-    database.write_database(closure, store.state / "db")
+    database.register(store, infos)
     return store
 
 
-async def test_what_is_written_is_read_back(room: Room, tmp_path: Path) -> None:
+def infos_of(store: Store, closure: Closure) -> list[PathInfo]:
+    """All that *store* knows of the paths of *closure*, each looked up by itself."""
+    found = [database.path_info(store, member.path.hash) for member in closure.paths]
+    return [info for info in found if info is not None]
+
+
+def written(store: Store, closure: Closure, directory: Path) -> list[PathInfo]:
+    """The paths of a database that is written to *directory*, in the order of its rows."""
+    directory.mkdir(exist_ok=True)
+    database.write_database(store, closure, directory)
+    return database.read_database(directory / "db.sqlite", ())
+
+
+async def test_what_is_written_is_what_the_store_knows_of_the_closure_and_nothing_else(
+    room: Room, tmp_path: Path
+) -> None:
+    await room.demo("wideFast 40")
     closure = database.query_closure(room.store, await room.demo("toolbox"))
-    again = database.query_closure(stored(closure, tmp_path), closure.root)
-    assert again == Closure(closure.root, registered_at_1(closure))
+    sign(room, closure.root, "written-1")
+    expected = [dataclasses.replace(info, registration_time=1) for info in infos_of(room.store, closure)]
+    assert written(room.store, closure, tmp_path) == expected
+    with contextlib.closing(sqlite3.connect(tmp_path / "db.sqlite")) as opened:
+        assert opened.execute("SELECT id FROM ValidPaths").fetchall() == [(n + 1,) for n in range(len(closure.paths))]
+        assert opened.execute("SELECT count(*) FROM sqlite_temp_master").fetchone() == (0,)
+        assert opened.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall() == [
+            ("ValidPaths",), ("sqlite_sequence",), ("Refs",), ("DerivationOutputs",), ("SchemaMigrations",),
+        ]  # fmt: skip
 
 
-async def test_the_same_closure_gives_the_same_bytes(room: Room, tmp_path: Path) -> None:
-    """Also when another Nix registered it at another time, so that nodes can share and compare."""
-    closure = database.query_closure(room.store, await room.demo("hello"))
-    later = Closure(
-        closure.root,
-        tuple(dataclasses.replace(one, registration_time=one.registration_time + 99) for one in closure.paths),
+def test_the_same_closure_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Also when it was registered in another order, at another time and among others, so that nodes can compare."""
+    root, one, two, other = (StorePath(digit * 32, f"path-{digit}") for digit in "3124")
+    infos = [info(one), info(two, (one, two)), info(root, (one, two, root))]
+    first = stored(tmp_path / "first", *infos)
+    later = stored(
+        tmp_path / "later",
+        info(other),
+        *(dataclasses.replace(it, registration_time=99) for it in reversed(infos)),
     )
-    for name, one in (("a", closure), ("b", closure), ("c", later)):
-        (tmp_path / name).mkdir()
-        database.write_database(one, tmp_path / name)
-    contents = {(tmp_path / name / "db.sqlite").read_bytes() for name in "abc"}
-    assert len(contents) == 1
+    for name, store in (("a", first), ("b", first), ("c", later)):
+        assert len(written(store, database.query_closure(store, root), tmp_path / name)) == 3
+    assert len({(tmp_path / name / "db.sqlite").read_bytes() for name in "abc"}) == 1
     assert sorted(os.listdir(tmp_path / "a")) == ["db.sqlite", "schema"], "no journal is left"
+
+
+def test_a_closure_that_was_collected_meanwhile_is_not_written(tmp_path: Path) -> None:
+    store = stored(tmp_path, info(NOBODY))
+    closure = database.query_closure(store, NOBODY)
+    with contextlib.closing(sqlite3.connect(store.database)) as opened, opened:
+        opened.execute("DELETE FROM ValidPaths")
+    with pytest.raises(PathNotValid):
+        database.write_database(store, closure, tmp_path)
+    shutil.rmtree(store.state)
+    with pytest.raises(PathNotValid):
+        database.write_database(store, closure, tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["store", "directory"])
+def test_what_keeps_a_database_from_being_written_is_told_from_what_keeps_one_from_being_read(
+    tmp_path: Path, fault: str
+) -> None:
+    store = stored(tmp_path, info(NOBODY))
+    closure = database.query_closure(store, NOBODY)
+    if fault == "store":
+        store.database.write_bytes(b"this is no database at all" * 100)
+        with pytest.raises(DatabaseDamaged, match=re.escape(str(store.database))):
+            database.write_database(store, closure, tmp_path)
+    else:
+        with pytest.raises(OutOfSpace, match=re.escape(f"cannot be written to {tmp_path}/missing")):
+            database.write_database(store, closure, tmp_path / "missing")
 
 
 async def test_an_attempt_that_was_cut_short_is_written_over(room: Room, tmp_path: Path) -> None:
     closure = database.query_closure(room.store, await room.demo("file"))
     (tmp_path / "db.sqlite").write_bytes(b"half a database")
-    database.write_database(closure, tmp_path)
+    database.write_database(room.store, closure, tmp_path)
     (tmp_path / "clean").mkdir()
-    database.write_database(closure, tmp_path / "clean")
+    database.write_database(room.store, closure, tmp_path / "clean")
     assert (tmp_path / "db.sqlite").read_bytes() == (tmp_path / "clean/db.sqlite").read_bytes()
 
 
@@ -305,21 +357,23 @@ async def test_every_nix_takes_the_written_database_for_its_own(
             subprocess.run(["cp", "-a", str(room.store.physical_path(one.path)), str(objects)], check=True)
         state = other.root / "nix/var/nix"
         (state / "db").mkdir(parents=True)
-        database.write_database(closure, state / "db")
+        database.write_database(room.store, closure, state / "db")
+        infos = infos_of(room.store, closure)
 
         root = str(closure.root)
         expected = [str(one.path) for one in closure.paths]
         assert sorted(other.lines("nix-store", "-qR", root)) == expected
         other.run("nix-store", "--verify", "--check-contents")
         assert sorted(other.lines("nix", "path-info", "-r", root)) == expected
-        for one in closure.paths:
+        for one in infos:
             told = other.lines("nix-store", "-q", "--references", str(one.path))
             assert sorted(told) == [str(reference) for reference in one.references]
         (tmp_path / "added.txt").write_text("added")
         [added] = other.lines("nix-store", "--add", str(tmp_path / "added.txt"))
         assert (objects / Path(added).name).read_text() == "added"
         assert database.is_valid(Store.chroot(other.root), StorePath.parse(added)), "and we read what Nix then wrote"
-        assert database.query_closure(Store.chroot(other.root), closure.root).paths == registered_at_1(closure)
+        copied = infos_of(Store.chroot(other.root), closure)
+        assert copied == [dataclasses.replace(one, registration_time=1) for one in infos]
 
         gcroots = state / "gcroots"
         gcroots.mkdir(exist_ok=True)
@@ -334,7 +388,7 @@ async def test_a_read_only_copy_can_be_queried(room: Room, tmp_path: Path) -> No
     """As in a pod with a read-only volume: no -wal, no -shm, no lock file can be made."""
     closure = database.query_closure(room.store, await room.demo("hello"))
     (tmp_path / "db").mkdir()
-    database.write_database(closure, tmp_path / "db")
+    database.write_database(room.store, closure, tmp_path / "db")
     connection = sqlite3.connect(f"file:{tmp_path}/db/db.sqlite?mode=ro&immutable=0", uri=True)
     try:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)

@@ -92,6 +92,27 @@ async def test_a_derivation_gives_its_output_and_what_to_build(
     assert room.is_valid(drv), "and leaves what a build needs"
 
 
+@pytest.mark.parametrize(
+    ("text", "derivations"),
+    [
+        ("toString p.hello", ["hello.drv!out"]),
+        ('"${p.multi.lib}${nothing p.multi.doc}${nothing p.hello}"', ["hello.drv!out", "multi.drv!doc,lib"]),
+        # All outputs, as what was made from a derivation's path can read them.
+        ('"${p.multi}${nothing p.hello.drvPath}"', ["hello.drv", "multi.drv!out"]),
+        ('"${p.multi.lib}${nothing p.multi.drvPath}"', ["multi.drv"]),
+        # The derivation's own file and nothing of what it would build.
+        ('"${p.hello}${nothing (builtins.unsafeDiscardOutputDependency p.broken.drvPath)}"', ["hello.drv!out"]),
+        ("builtins.unsafeDiscardStringContext p.hello", []),
+    ],
+)
+async def test_what_a_text_was_made_from_is_built_for_it(room: Room, text: str, derivations: list[str]) -> None:
+    expr = f"let p = {PACKAGES}; nothing = text: builtins.substring 0 0 text; in {text}"
+    evaluation = await room.evaluate(expr)
+    assert sorted(derivation.split("-", 1)[1] for derivation in evaluation.derivations) == derivations
+    if evaluation.derivations:
+        room.env.run("nix-store", "--realise", "--dry-run", *evaluation.derivations)
+
+
 async def test_a_file_of_the_evaluation_is_there_already(room: Room) -> None:
     evaluation = await room.evaluate('builtins.toFile "greeting" "hello"')
     assert evaluation.derivations == ()
@@ -184,6 +205,10 @@ async def test_an_imported_file_can_come_from_the_store(room: Room) -> None:
         ("builtins.head", ["evaluates to a"]),
         (PACKAGES, ["a set with the attributes broken, busybox,", "select one of them"]),
         ("{ }", ["a set with the attributes (none)"]),
+        (f"{{ a = {PACKAGES}.hello; }}", ["a set with the attributes a;", "select one of them"]),
+        (f"[ {PACKAGES}.hello ]", ["a value of type list"]),
+        (f"toString [ {PACKAGES}.hello {PACKAGES}.file ]", ["text that is no store path", "-hello /nix/store/"]),
+        (f"builtins.unsafeDiscardOutputDependency {PACKAGES}.hello.drvPath", ["leave out .drvPath"]),
         ('"hello"', ["text that is no store path: 'hello' is not a store path"]),
         (f'"${{{PACKAGES}.hello}}/bin"', ["it names something inside a store path; use /nix/store/"]),
         (f"{PACKAGES}.hello.drvPath", ["-hello.drv; it must evaluate to a derivation", "leave out .drvPath"]),

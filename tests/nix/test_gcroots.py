@@ -31,6 +31,19 @@ def roots(tmp_path: Path) -> GcRoots:
     return GcRoots(Store.chroot(tmp_path), "closures")
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_root_is_synced_where_it_is_needed_after_a_power_cut_and_nowhere_else(
+    tmp_path: Path, durable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    roots = GcRoots(Store.chroot(tmp_path), "owner", durable=durable)
+    roots.add("a", HELLO)
+    assert roots.list() == {"a": HELLO}
+    directory = tmp_path / "nix/var/nix/gcroots/cknix/owner"
+    assert (str(directory) in synced, str(directory.parent) in synced) == (durable, durable)
+
+
 def links(tmp_path: Path) -> dict[str, str]:
     directory = tmp_path / "nix/var/nix/gcroots/cknix/closures"
     found = sorted(path for path in directory.rglob("*") if path.is_symlink())

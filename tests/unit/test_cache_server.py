@@ -10,19 +10,20 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Literal
 
 import aiohttp
 import pytest
 from aiohttp import web
 from yarl import URL
 
-from cknix_csi.api.closure import Closure, PathInfo
+from cknix_csi.api.closure import PathInfo
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix.cache import nar, server
 from cknix_csi.nix.cache.narinfo import nar_url
 from cknix_csi.nix.cache.server import cache_app, running_cache, serve_cache
 from cknix_csi.nix.cache.signing import fingerprint, generate_key, sign
-from cknix_csi.nix.database import write_database
+from cknix_csi.nix.database import register
 from cknix_csi.nix.store import Store
 
 KEY = generate_key("cknix-cache-1")
@@ -51,8 +52,7 @@ class Shelf:
                 digest.update(piece)
                 size += len(piece)
             self.infos[name] = PathInfo(path, f"sha256:{digest.hexdigest()}", size, (path,), signatures=("other:AAAA",))
-        infos = tuple(self.infos.values())
-        write_database(Closure(infos[0].path, infos), self.store.state / "db")
+        register(self.store, self.infos.values())
 
     def file(self, name: str) -> Path:
         return self.store.physical_path(self.infos[name].path)
@@ -225,9 +225,22 @@ async def test_a_client_that_goes_away_gives_its_turn_back_and_leaves_nothing_op
             assert len(await answer.read()) == shelf.infos["big"].nar_size
 
 
-async def test_transfers_take_turns_in_order_while_narinfos_are_answered(tmp_path: Path) -> None:
+async def test_transfers_take_turns_in_order_while_narinfos_are_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shelf = Shelf(tmp_path, big=BIG, first=b"1", second=BIG)
-    async with served(cache_app(shelf.store, KEY, max_streams=1)) as client:
+    asked: list[asyncio.Event] = [asyncio.Event() for _ in ("big", "first", "second")]
+    arrivals = iter(asked)
+
+    class Turns(asyncio.Semaphore):
+        async def acquire(self) -> Literal[True]:
+            next(arrivals).set()
+            return await super().acquire()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio, "Semaphore", Turns)
+        app = cache_app(shelf.store, KEY, max_streams=1)
+    async with served(app) as client:
         done: list[str] = []
 
         async def fetch(name: str) -> None:
@@ -238,8 +251,9 @@ async def test_transfers_take_turns_in_order_while_narinfos_are_answered(tmp_pat
 
         async with asyncio.TaskGroup() as waiting, client.get(shelf.nar("big")) as answer:
             await answer.content.readexactly(1)
-            for name in ("first", "second"):
+            for name, is_waiting in zip(("first", "second"), asked[1:], strict=True):
                 waiting.create_task(fetch(name))
+                await is_waiting.wait()
                 async with client.get(shelf.narinfo(name)) as narinfo:
                     assert narinfo.status == 200
             assert done == []

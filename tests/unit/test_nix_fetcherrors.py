@@ -6,7 +6,7 @@ import pytest
 
 from cknix_csi.api.errors import CacheUnavailable, CknixError, NotFound, PathUntrusted
 from cknix_csi.api.storepath import StorePath
-from cknix_csi.nix.fetcherrors import fetch_error
+from cknix_csi.nix.fetcherrors import PathCollected, fetch_error, unreachable
 
 PATH = StorePath("0" * 32, "x")
 URL = "http://cache"
@@ -18,6 +18,14 @@ UNSIGNED = "signed by any of the keys in 'trusted-public-keys'"
 REFUSED = "Could not connect to server (7) Failed to connect to cache port 80 after 0 ms: Could not connect to server"
 
 CASES: dict[str, tuple[list[str], list[str], type[CknixError]]] = {
+    "2.8, the collector has just gone": (
+        [
+            "error: cannot connect to socket at '/data/nix/var/nix/gc-socket/socket': Connection refused",
+            f"error: build of '{PATH}' failed",
+        ],
+        [],
+        PathCollected,
+    ),
     "2.8, cache down": (
         [FAILED_26],
         [
@@ -58,6 +66,24 @@ CASES: dict[str, tuple[list[str], list[str], type[CknixError]]] = {
         CacheUnavailable,
     ),
     "2.26, NAR gone": ([f"error: file 'nar/0.nar' does not exist in binary cache '{URL}'"], [], CacheUnavailable),
+    "2.8, a reference collected meanwhile": (
+        [
+            "nix-store: src/libstore/build/substitution-goal.cc:190: "
+            "void nix::PathSubstitutionGoal::referencesValid(): Assertion `worker.store.isValidPath(i)' failed."
+        ],
+        [],
+        PathCollected,
+    ),
+    "2.26, a reference collected meanwhile": (
+        [f"error: path '/nix/store/{'1' * 32}-y' is not valid", FAILED_26],
+        [],
+        PathCollected,
+    ),
+    "2.34, a reference collected meanwhile": (
+        [f"error: reference '/nix/store/{'1' * 32}-y' of path '{PATH}' is not a valid path"],
+        [],
+        PathCollected,
+    ),
     "any, nobody has it": ([FAILED_26], [UNKNOWN], NotFound),
 }
 
@@ -77,3 +103,19 @@ def test_without_a_known_cache_the_path_may_still_come() -> None:
 def test_a_retry_that_succeeded_is_not_blamed() -> None:
     retried = f"warning: unable to download '{URL}/nix-cache-info': {REFUSED}; retrying in 297 ms (attempt 1/2)"
     assert isinstance(fetch_error(PATH, [URL], [FAILED_34], [retried, UNKNOWN]), NotFound)
+
+
+@pytest.mark.parametrize(
+    ("errors", "warnings", "why"),
+    [
+        ([f"error: unable to download '{URL}/x': {NO_SERVER}"], [], f"unable to download '{URL}/x': {NO_SERVER}"),
+        ([], [f"warning: unable to download '{URL}/x': {REFUSED}"], f"unable to download '{URL}/x': {REFUSED}"),
+        ([f"error: unable to download '{URL}/x': HTTP error 404"], [], ""),
+        ([], [f"warning: error: unable to download '{URL}/x': {NO_SERVER}; retrying in 251 ms"], ""),
+        (["error: syntax error"], [], ""),
+    ],
+)
+def test_a_server_that_did_not_answer_is_told_from_one_that_said_no(
+    errors: list[str], warnings: list[str], why: str
+) -> None:
+    assert unreachable(errors, warnings) == why

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cknix_csi.api.progress import Progress
-from cknix_csi.nix.log import MAX_TAIL_CHARACTERS, Log, plain
+from cknix_csi.nix.log import MAX_HEADLINE_CHARACTERS, MAX_TAIL_CHARACTERS, Log, headline, plain
 from cknix_csi.nix.process import MAX_LINE
 
 STORE = "/nix/store/6c1vlf6kyyl0x5cjdhvr3bymgxa74fjb-"
@@ -121,6 +121,14 @@ def test_lines_that_nix_repeats_are_told_once() -> None:
     assert log.failure.count("line two") == 1
 
 
+def test_a_cache_that_nix_does_without_is_not_what_failed() -> None:
+    away = "disabling binary cache 'https://cache.example' for 60 seconds"
+    broke = f"error: builder for '{STORE}a.drv' failed with exit code 3"
+    log, _ = read(build(1, "a"), said(1, "trouble"), error(away), error(broke))
+    assert headline(log.failure) == f"builder for '{STORE}a.drv' failed with exit code 3: trouble"
+    assert log.warnings == [away]
+
+
 def test_without_a_failed_builder_all_lines_count() -> None:
     log, _ = read(build(1, "a"), said(1, "one"), said(7, "two"))
     assert log.failure == "one\ntwo"
@@ -129,6 +137,16 @@ def test_without_a_failed_builder_all_lines_count() -> None:
 def test_text_that_is_not_json_is_a_message() -> None:
     log, _ = read(b"unshare: unshare failed: Operation not permitted", b"  ", b"\xff\xfe broken")
     assert log.failure == "unshare: unshare failed: Operation not permitted\n�� broken"
+
+
+def test_an_event_behind_another_programs_unfinished_line_is_no_text() -> None:
+    log, _ = read(b"remote: Counting objects: 12%\r" + error("error: no"), b"done @nix " + b'{"action":"stop","id":1}')
+    assert log.failure == "remote: Counting objects: 12%\nerror: no\ndone"
+
+
+def test_what_a_builder_tells_nix_is_not_shown() -> None:
+    log, _ = read(build(1, "a"), said(1, '@nix { "action": "unheard-of" }'), said(1, "real"))
+    assert log.failure == "real"
 
 
 @pytest.mark.parametrize("tail", ["", "\\", "\\u", "\\u00", "\\u001", '\\"', "\\\\"])
@@ -158,7 +176,9 @@ def test_a_failure_is_bounded_and_printable(errors: list[str], said_lines: list[
         ("\x1b[1;31merror:\x1b[0m no", "error: no"),
         ("\x1b[38:5:1mred", "red"),
         ("\x1b]8;;http://x\x07link\x1b]8;;\x1b\\", "link"),
-        ("a\rb\x00c\x07", "abc"),
+        ("a\x00b\x07", "ab"),
+        ("12%\r50%\r100%\r", "12%\n50%\n100%"),
+        ("one\r\ntwo\r\r\n", "one\ntwo\n"),
         ("\x9b31mcsi", "31mcsi"),
         ("safe\u202etxt", "safetxt"),
         ("\ud800x", "x"),
@@ -168,6 +188,51 @@ def test_a_failure_is_bounded_and_printable(errors: list[str], said_lines: list[
 )
 def test_no_escapes_reach_a_terminal(text: str, seen: str) -> None:
     assert plain(text) == seen
+
+
+# --- the line to read first; real messages are in tests/nix/test_messages.py ---
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ("", ""),
+        ("\n \n", ""),
+        ("expr evaluates to a value of type int", "expr evaluates to a value of type int"),
+        ("the build did not end within 3s\nworking\nerror: interrupted by the user", "the build did not end within 3s"),
+        ("error:", "error:"),
+        ("\x1b[31;1merror:\x1b[0m no\r", "no"),
+        # A builder has errors of its own.
+        (
+            "error: could not compile `x`\nmake: stopping\n"
+            "error: builder for '/nix/store/x.drv' failed with exit code 2;\n       last 2 log lines:\n"
+            "       > error: could not compile `x`\n       > make: stopping\n"
+            "       For full logs, run 'nix log /nix/store/x.drv'.",
+            "builder for '/nix/store/x.drv' failed with exit code 2: make: stopping",
+        ),
+        (
+            "error: a builder's\nmake: stop\nerror: hash mismatch in derivation 'x':\n   specified: a\n   got: b",
+            "hash mismatch in derivation 'x': specified: a, got: b",
+        ),
+        ("error: builder for 'x' failed with exit code 1", "builder for 'x' failed with exit code 1"),
+        ("error:\n       … while calling\n\n       error: inner\nerror: build of 'x' failed", "inner"),
+        # A message that was too long has a mark for what is left out, and then half a line.
+        ("error: the cause\n       more\n[…]\nlf a line\n       the end", "the cause"),
+        ("error:\n       … while\n[…]\nalf a line\n       error: the cause", "the cause"),
+    ],
+)
+def test_the_line_to_read_first(log: str, line: str) -> None:
+    assert headline(log) == line
+
+
+@given(
+    st.text(max_size=2000) | st.lists(st.sampled_from(["error:", " error: x:", "[…]", " > a", "b", ""])).map("\n".join)
+)
+def test_a_headline_is_one_printable_line(log: str) -> None:
+    line = headline(log)
+    assert len(line) <= MAX_HEADLINE_CHARACTERS
+    assert line.splitlines() in ([], [line])
+    assert line == plain(line)
 
 
 values = (

@@ -52,3 +52,9 @@ def test_hints_at_options_are_left_out() -> None:
 
 def test_the_first_lines_of_a_builder_stay() -> None:
     assert readable("configuring\n\nerror: builder failed", {}) == "configuring\n\nerror: builder failed"
+
+
+def test_a_hint_stands_on_a_line_of_its_own() -> None:
+    """Nix 2.8 leaves out the line's end, since it may not read the file to show it."""
+    glued = "error: attribute 'helo' missing\n\n       at /x/expr.nix:2:3:Did you mean hello?"
+    assert readable(glued, {}).endswith("expr.nix:2:3:\n       Did you mean hello?")
