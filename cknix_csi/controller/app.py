@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 
-from cknix_csi.controller.key import ensure_key, publish_config
+from cknix_csi.controller.ending import let_go_at_last
+from cknix_csi.controller.health import alive
+from cknix_csi.controller.key import publish_config, with_key
 from cknix_csi.controller.nodes import ClusterSystems
 from cknix_csi.controller.operator import Operator
 from cknix_csi.controller.ports import Dependencies
 from cknix_csi.controller.queue import BuildQueue
 from cknix_csi.controller.reconcile import Services
-from cknix_csi.controller.roots import release_orphans
 from cknix_csi.controller.supervisor import Supervisor
+from cknix_csi.kube.api import Api
 from cknix_csi.kube.events import EventRecorder
+from cknix_csi.kube.lease import FencedApi, Lease
+from cknix_csi.nix.cache.signing import KeyPair
 
 COMPONENT = "cknix-controller"
+LEASE = "cknix-controller"
 
 _log = logging.getLogger(__name__)
 
 
 async def run_controller(dependencies: Dependencies, stop: asyncio.Event, *, instance: str = COMPONENT) -> None:
-    """Reconcile Expressions and serve the cache until *stop* is set.
+    """Reconcile Expressions and serve the cache until *stop* is set; wait while another controller does.
 
     Then, and when something fails for good, every build's processes have ended before this returns.  *instance* names
-    this process in Events (the pod's name).  Raises ``MalformedKey``, or OSError when the cache cannot listen.
+    this process in Events and in the Lease (the pod's name).  Raises ``MalformedKey``, or OSError when the cache or
+    ``/livez`` cannot listen.
     """
     working = asyncio.create_task(_work(dependencies, instance), name="controller")
     stopping = asyncio.create_task(stop.wait(), name="stop")
@@ -40,8 +47,20 @@ async def run_controller(dependencies: Dependencies, stop: asyncio.Event, *, ins
 
 
 async def _work(dependencies: Dependencies, instance: str) -> None:
-    api, options = dependencies.api, dependencies.options
-    key = await ensure_key(api, options.namespace, dependencies.generate_key)
+    """Take turns with other controllers, for ever."""
+    options = dependencies.options
+    lease = Lease(dependencies.api, options.namespace, LEASE, instance, timing=options.lease, now=dependencies.now)
+    async with alive(options.health):
+        while True:
+            await lease.acquire()
+            await _lead(dependencies, instance, lease)
+            _log.warning("another controller has taken over; this one waits for its turn")
+
+
+async def _lead(dependencies: Dependencies, instance: str, lease: Lease) -> None:
+    """Do the controller's work; returns when another one has the Lease.  Nothing of it runs on after this."""
+    options = dependencies.options
+    api = FencedApi(dependencies.api, lease)
     events = EventRecorder(api, component=COMPONENT, instance=instance, now=dependencies.now)
     supervisor = Supervisor(
         Services(
@@ -56,21 +75,38 @@ async def _work(dependencies: Dependencies, instance: str) -> None:
             now=dependencies.now,
         )
     )
-
-    async def watch() -> None:
-        # In this order: what is found gone here must not be what an Expression of a moment ago is about to root.
-        await release_orphans(api, dependencies.roots)
-        await Operator(api, supervisor).run()
-
     try:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(dependencies.serve_cache(key), name="cache")
-            tasks.create_task(
-                publish_config(api, options.namespace, options.cache_url, key.public, options.node), name="cache config"
-            )
-            tasks.create_task(events.run(), name="events")
-            tasks.create_task(supervisor.run(), name="supervisor")
-            tasks.create_task(watch(), name="watch")
+            working = [
+                tasks.create_task(
+                    with_key(api, options.namespace, dependencies.generate_key, partial(_publish, dependencies, api)),
+                    name="cache",
+                ),
+                tasks.create_task(events.run(), name="events"),
+                tasks.create_task(supervisor.run(), name="supervisor"),
+                tasks.create_task(Operator(api, supervisor, dependencies.roots).run(), name="watch"),
+            ]
+            await lease.hold()
+            for task in working:
+                task.cancel()
+    except asyncio.CancelledError:
+        await let_go_at_last(api, supervisor.release)
+        raise
     except ExceptionGroup as group:
         # One failure ends the others; it is the news, not that there was a group.
-        raise group.exceptions[0] from group
+        raise _first(group) from group
+    finally:
+        await lease.release()
+
+
+async def _publish(dependencies: Dependencies, api: Api, key: KeyPair) -> None:
+    """Serve the cache, and keep the nodes told where it is and whose signatures to believe."""
+    options = dependencies.options
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(dependencies.serve_cache(key))
+        tasks.create_task(publish_config(api, options.namespace, options.cache_url, key.public, options.node))
+
+
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, ExceptionGroup) else error

@@ -4,6 +4,9 @@ kopf runs in a thread and an event loop of its own: when it ends, it cancels eve
 know (its running.py), and it does end when the API server refuses a list for a minute.  Builds outlive that, and kopf
 is started again.
 
+kopf asks once, at its start, what the API server has.  So it runs for as long as one definition of Expressions (CRD) is
+served, and ends and begins anew with it; see :mod:`cknix_csi.controller.ending` for the time in between.
+
 Handlers only pass things on.  There is no handler for creation or change, since what to do follows from the state and
 not from the difference; so kopf needs no record of the last handled configuration, which otherwise would copy every
 expression into an annotation of its object (kopf issue 1087).
@@ -20,11 +23,18 @@ from typing import Any
 
 import kopf
 
+# Not exported, though kopf.operator() takes one: it alone tells what kopf has found to watch.
+from kopf._cogs.structs.references import Insights
+
 from cknix_csi.api.expression import FINALIZER, GROUP, PLURAL, VERSION
+from cknix_csi.controller.ending import let_go
+from cknix_csi.controller.ports import Roots
+from cknix_csi.controller.roots import release_orphans
 from cknix_csi.controller.supervisor import Supervisor
 from cknix_csi.kube.api import Api
 from cknix_csi.kube.backoff import Backoff
 from cknix_csi.kube.client import load_configuration
+from cknix_csi.kube.definition import NAME, Definition, DefinitionWatch
 from cknix_csi.kube.events import Subject
 
 RELEASE_RETRY_SECONDS = 10.0
@@ -37,22 +47,51 @@ _log = logging.getLogger(__name__)
 class Operator:
     """Feeds *supervisor*, which lives in the loop that calls :meth:`run`."""
 
-    def __init__(self, api: Api, supervisor: Supervisor) -> None:
+    def __init__(self, api: Api, supervisor: Supervisor, roots: Roots) -> None:
         self._api = api
         self._supervisor = supervisor
+        self._roots = roots
 
     async def run(self) -> None:
-        """Run kopf, again and again, until cancelled."""
+        """Do what the state of the definition asks for, until cancelled."""
         # kopf tells of every event that was passed on; what matters of it is told by the supervisor.
         logging.getLogger("kopf.objects").setLevel(logging.WARNING)
         # It warns that it does not listen to signals in a thread, which is as it should be.
         logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
+        definition = DefinitionWatch(self._api)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(definition.run(), name="definition")
+            state = await definition.other_than(None)
+            while True:
+                work = tasks.create_task(self._work(state), name=f"definition {state.uid}")
+                state = await definition.other_than(state)
+                work.cancel()
+                await asyncio.wait({work})
+
+    async def _work(self, state: Definition) -> None:
+        if state.served:
+            await self._watch()
+        elif state.terminating:
+            _log.info("the CustomResourceDefinition %s is being deleted, and every Expression with it", NAME)
+            await let_go(self._api, self._supervisor.release)
+        else:
+            # Roots stay: which Expressions are gone is known from a list of them, and nobody can list them now.
+            _log.warning("the CustomResourceDefinition %s is not served; waiting for it", NAME)
+
+    async def _watch(self) -> None:
+        """Run kopf, again and again, until cancelled."""
         backoff = Backoff(first=1.0, cap=30.0)
         loop = asyncio.get_running_loop()
         while True:
             started = loop.time()
             try:
-                await self._until_served()
+                await self._until_discovered()
+                # Each time, since kopf does not tell of what vanished while it did not watch, such as with a former
+                # definition.  A definition goes only when the last of its Expressions is gone, and what is read here
+                # is a complete list of the Expressions of this one: an empty list means that there are none.
+                # Before kopf: what is found gone must not be what an Expression of a moment ago is about to root.
+                alive = await release_orphans(self._api, self._roots)
+                await self._supervisor.release_all_but(alive)
                 await self._run_once(loop)
                 _log.warning("kopf has stopped")
             except Exception as error:  # whatever kopf stumbled over, Expressions must be watched again
@@ -61,19 +100,19 @@ class Operator:
                 backoff.reset()
             await asyncio.sleep(backoff.next())
 
-    async def _until_served(self) -> None:
-        """Wait until discovery knows Expressions, where kopf looks once; with RBAC for all CRDs it would watch them."""
+    async def _until_discovered(self) -> None:
+        """Wait until discovery has Expressions, a moment after their definition is served: kopf looks there, once."""
         while True:
             groups = (await self._api.get("/apis")).get("groups") or []
             if any(group.get("name") == GROUP for group in groups):
                 resources = (await self._api.get(f"/apis/{GROUP}/{VERSION}")).get("resources") or []
-                # Without "patch" the CRD is being deleted: kopf would take that for all time.
+                # Without "patch" it still shows a definition that was being deleted; kopf would take that for all time.
                 if any(found.get("name") == PLURAL and "patch" in (found.get("verbs") or ()) for found in resources):
                     return
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(0.5)
 
     async def _run_once(self, loop: asyncio.AbstractEventLoop) -> None:
-        thread = _KopfThread(self._registry(loop))
+        thread = KopfThread(self._registry(loop))
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kopf")
         running = loop.run_in_executor(executor, thread.run)
         try:
@@ -91,7 +130,7 @@ class Operator:
 
         @kopf.on.login(registry=registry)
         async def login(**_: Any) -> kopf.ConnectionInfo:
-            return await _connection()
+            return await connection()
 
         @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
         async def observed(type: str | None, body: kopf.Body, **_: Any) -> None:
@@ -112,14 +151,19 @@ class Operator:
         return registry
 
 
-class _KopfThread:
-    """One run of kopf, in whatever thread :meth:`run` is called in."""
+class KopfThread:
+    """One run of kopf, in whatever thread :meth:`run` is called in.
+
+    It writes without asking whether the Lease is still held, and need not: all it writes are finalizers, and an
+    Expression whose finalizer is gone too soon is told to every controller that watches, and its roots are released.
+    """
 
     def __init__(self, registry: kopf.OperatorRegistry) -> None:
         self._registry = registry
         self._settings = operator_settings()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
+        self._blind = False
 
     def run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
@@ -131,9 +175,29 @@ class _KopfThread:
             self._loop.call_soon_threadsafe(self._stop.set)
 
     async def _operate(self) -> None:
-        await kopf.operator(
-            registry=self._registry, settings=self._settings, clusterwide=True, standalone=True, stop_flag=self._stop
-        )
+        insights = Insights()
+        # Made before kopf begins, so that kopf leaves it alone at its end.
+        looking = asyncio.create_task(self._stop_if_blind(insights))
+        try:
+            await kopf.operator(
+                registry=self._registry,
+                settings=self._settings,
+                insights=insights,
+                clusterwide=True,
+                standalone=True,
+                stop_flag=self._stop,
+            )
+        finally:
+            looking.cancel()
+        if self._blind:
+            raise RuntimeError("it was not told of Expressions by the API server that it asked")
+
+    async def _stop_if_blind(self, insights: Insights) -> None:
+        """kopf looks once.  One of several API servers may know of a new definition a moment later than the others."""
+        await insights.ready_resources.wait()
+        if not insights.watched_resources:
+            self._blind = True
+            self._stop.set()
 
 
 class NoDiffBase(kopf.DiffBaseStorage):
@@ -154,7 +218,7 @@ def operator_settings() -> kopf.OperatorSettings:
     settings.persistence.finalizer = FINALIZER
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP, v1=False)
     settings.persistence.diffbase_storage = NoDiffBase()
-    # Else it would want to read every CRD of the cluster; see _until_served.
+    # Else it would want to read every CRD of the cluster; ours alone is watched in run().
     settings.scanning.disabled = True
     # Our Events have stable reasons and are counted; kopf's would be noise beside them.
     settings.posting.enabled = False
@@ -169,7 +233,7 @@ def operator_settings() -> kopf.OperatorSettings:
     return settings
 
 
-async def _connection() -> kopf.ConnectionInfo:
+async def connection() -> kopf.ConnectionInfo:
     configuration = await load_configuration()
     header = await configuration.get_api_key_with_prefix("BearerToken") or ""
     return kopf.ConnectionInfo(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from cknix_csi.api.expression import Data
 from cknix_csi.api.progress import Progress
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.kube.api import Api
+from cknix_csi.kube.lease import Timing
 from cknix_csi.nix.cache.signing import KeyPair
 from cknix_csi.nix.nix import Evaluation
 
@@ -63,6 +64,10 @@ class Options:
     retry_first: float = 5.0
     """Seconds before the first retry after a failure of the infrastructure; then growing, jittered."""
     retry_cap: float = 300.0
+    health: tuple[str, int] | None = ("0.0.0.0", 8081)  # noqa: S104 - a pod's own network namespace
+    """Host and port of ``/livez``."""
+    lease: Timing = field(default_factory=Timing)
+    """How two controllers take turns."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -250,8 +250,9 @@ class Reconciliation:
 
     async def _failed(self, error: CknixError) -> None:
         status = self.status.with_step(self._step, "False", error.reason, error.message, self._services.now())
-        self._show(replace(status, progress=None), message=error.message)
-        self._event("Warning", error.reason, error.message)
+        self._show(replace(status, progress=None), message=states.told(error.message, reason=error.reason))
+        # One line: the log is in the status, which is shown beside it.
+        self._event("Warning", error.reason, states.headline(error.message))
         await self._writer.flush()
         await self._sync_roots()
 
@@ -266,9 +267,10 @@ class Reconciliation:
         if status.observed_generation != self.wanted.generation:
             status = status.begun(self.wanted.generation, self.wanted.rebuild, self._services.now())
         status = status.with_step(self._step, "Unknown", states.RETRYING, said, self._services.now())
-        self._show(replace(status, progress=None), message=f"{said}; trying again in {humanise(delay)}")
+        message = states.told(said, then=f"trying again in {humanise(delay)}")
+        self._show(replace(status, progress=None), message=message)
         reason = error.reason if isinstance(error, CknixError) else "InternalError"
-        self._event("Warning", reason, said)
+        self._event("Warning", reason, states.headline(said))
 
     def _queued(self, ahead: int) -> None:
         others = "" if not ahead else f", {ahead} ahead" if ahead < 10 else f", more than {ahead} ahead"

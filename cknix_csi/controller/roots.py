@@ -55,8 +55,10 @@ async def keep_only(roots: Roots, uid: str, wanted: Iterable[str]) -> None:
     await in_thread(work)
 
 
-async def release_orphans(api: Api, roots: Roots) -> None:
+async def release_orphans(api: Api, roots: Roots) -> frozenset[str]:
     """Remove the roots of Expressions that are gone: deleted by force, or while another controller's data were here.
+
+    Gives the uids of all Expressions there are.
 
     The roots are read before the Expressions: one that is made meanwhile is not looked at.  Only a complete list of
     Expressions tells that one is gone, so this tries until it has one.
@@ -70,7 +72,7 @@ async def release_orphans(api: Api, roots: Roots) -> None:
         except ApiError as error:
             _log.warning("GC roots of vanished Expressions cannot be looked for yet: %s", error.message)
             await asyncio.sleep(backoff.next())
-    alive = {str(item["metadata"]["uid"]) for item in listing.items}
+    alive = frozenset(str(item["metadata"]["uid"]) for item in listing.items)
 
     def work() -> list[str]:
         gone = [name for name in before if (uid := owner(name)) is not None and uid not in alive]
@@ -81,3 +83,4 @@ async def release_orphans(api: Api, roots: Roots) -> None:
     gone = await in_thread(work)
     if gone:
         _log.info("released %d GC roots of Expressions that no longer exist: %s", len(gone), ", ".join(gone[:10]))
+    return alive

@@ -30,6 +30,7 @@ from cknix_csi.api.expression import (
 )
 from cknix_csi.api.progress import Progress
 from cknix_csi.api.storepath import InvalidStorePath, StorePath
+from cknix_csi.nix import log
 
 STEPS = (EVALUATED, BUILT, PUBLISHED)
 
@@ -222,7 +223,7 @@ class ExpressionStatus:
             reason, message = self._ready_result(generation)
         else:
             state, generation = "False", self.observed_generation
-            reason, message = NO_RESULT, headline(self.message)
+            reason, message = NO_RESULT, self.message.partition("\n")[0]
             failed = next((step for step in self.steps if step["status"] == "False"), None)
             if failed is not None:
                 reason, message = str(failed["reason"]), str(failed["message"])
@@ -317,17 +318,26 @@ def bounded(text: str, limit: int = MAX_MESSAGE_BYTES) -> str:
 
 
 def headline(text: str) -> str:
-    """The line of *text* that says most, in at most :data:`MAX_HEADLINE_BYTES` bytes: for conditions and lists.
-
-    That is Nix's innermost error, which it writes last (before the place), else the first line.
-    """
-    lines = [line.strip() for line in text.strip().splitlines()]
-    errors = [line.removeprefix("error:").strip() for line in lines if line.startswith("error:")]
-    line = next((error for error in reversed(errors) if error), lines[0] if lines else "")
+    """The one line of *text* that says most, in at most :data:`MAX_HEADLINE_BYTES` bytes: for conditions and lists."""
+    line = log.headline(text)
     data = line.encode()
     if len(data) <= MAX_HEADLINE_BYTES:
         return line
     return data[: MAX_HEADLINE_BYTES - len("…".encode())].decode(errors="ignore") + "…"
+
+
+def told(text: str, *, reason: str = "", then: str = "") -> str:
+    """A status' message about the failure *text*: one line that says it all, an empty one, and what there is to read.
+
+    ``kubectl get`` shows the first line: *reason*, what *text* comes to, and what happens *then*.
+    """
+    line = headline(text)
+    first = "; ".join(filter(None, (": ".join(filter(None, (reason, line))), then)))
+    rest = text.strip()
+    # What is in the first line already is not told twice.
+    if rest.partition("\n")[0].strip() == line:
+        rest = rest.partition("\n")[2].strip("\n")
+    return f"{first}\n\n{rest}" if rest.strip() else first
 
 
 def _copy(condition: Mapping[str, Any] | None) -> Condition | None:

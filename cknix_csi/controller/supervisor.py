@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,12 +71,20 @@ class Supervisor:
 
     async def release(self, subject: Subject) -> None:
         """The Expression is being deleted: its work ends, its roots go.  Raises OSError when they cannot."""
-        known = self._known.pop(subject.uid, None)
+        known = self._known.get(subject.uid)
         if known is not None and known.tasks:
             known.cancel()
             await asyncio.wait(set(known.tasks))
         await keep_only(self._services.roots, subject.uid, ())
+        # Last: whoever releases it again after this was cancelled must still find the work that has not ended.
+        self._known.pop(subject.uid, None)
         _log.info("released %s", subject)
+
+    async def release_all_but(self, alive: Collection[str]) -> None:
+        """Release every Expression whose uid is not in *alive*: they have vanished unseen.  Raises OSError."""
+        for uid, known in list(self._known.items()):
+            if uid not in alive:
+                await self.release(known.wanted.subject)
 
     async def _work(self, wanted: Wanted, memory: Memory, before: frozenset[asyncio.Task[None]]) -> None:
         if before:

@@ -6,7 +6,7 @@ that bring them, and everything we read is parsed into values of :mod:`cknix_csi
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -80,9 +80,17 @@ class Listing:
 
 
 async def list_all(
-    api: Api, path: str, *, query: Mapping[str, str] | None = None, metadata_only: bool = False, page: int = 250
+    api: Api,
+    path: str,
+    *,
+    query: Mapping[str, str] | None = None,
+    metadata_only: bool = False,
+    page: int = 250,
+    trim: Callable[[Json], Json] = lambda item: item,
 ) -> Listing:
     """All objects of the collection at *path*; *query* may select some of them.
+
+    They are read *page* by *page*, and *trim* makes each smaller before the next page is asked for.
 
     Raises :class:`ApiError`, also for an answer that is not a list.  What depends on the *absence* of an object relies
     on this being complete.
@@ -101,7 +109,7 @@ async def list_all(
             or not metadata.get("resourceVersion")
         ):
             raise ApiError(f"the API server's answer to GET {path} is not a list", status=None)
-        items += found
+        items += map(trim, found)
         more = metadata.get("continue")
         if not more:
             return Listing(items, str(metadata["resourceVersion"]))

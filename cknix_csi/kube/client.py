@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 REQUEST_TIMEOUT = 30.0
 CONNECT_TIMEOUT = 10.0
-# The server sends a bookmark about once a minute: a stream that is silent for longer is dead.
-SILENCE_LIMIT = 90.0
+# The server sends a bookmark about once a minute, the first one later: a stream that is silent for longer is dead.
+SILENCE_LIMIT = 150.0
 
 _METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
 _CHUNK = 1 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from cknix_csi.kube.api import Api, Json, core
@@ -12,12 +13,14 @@ from cknix_csi.kube.listwatch import list_and_watch
 
 NODE = "node"
 """Key in the ConfigMap: name of the controller's node."""
+_AGAIN_SECONDS = 10.0
 
 
 async def follow_controller(api: Api, namespace: str, moved: Callable[[str], Awaitable[None]]) -> NoReturn:
     """Call *moved* with the name of the controller's node, now and whenever the ConfigMap is written; for ever.
 
-    A ConfigMap that is missing or does not say is no news.
+    And again every few seconds, since a controller that has just been replaced may still live where it was.  A
+    ConfigMap that is missing or does not say is no news.
     """
     news: asyncio.Queue[str] = asyncio.Queue()
 
@@ -27,8 +30,12 @@ async def follow_controller(api: Api, namespace: str, moved: Callable[[str], Awa
             news.put_nowait(node)
 
     async def tell() -> NoReturn:
+        node = await news.get()
         while True:
-            await moved(await news.get())
+            await moved(node)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_AGAIN_SECONDS):
+                    node = await news.get()
 
     def listed(items: list[Json]) -> None:
         for item in items:

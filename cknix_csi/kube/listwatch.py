@@ -24,18 +24,20 @@ async def list_and_watch(
     listed: Callable[[list[Json]], None],
     changed: Callable[[str, Json], None],
     query: Mapping[str, str] | None = None,
+    trim: Callable[[Json], Json] = lambda item: item,
+    page: int = 250,
 ) -> NoReturn:
     """Follow the objects at *path*, or those that *query* selects, for ever; an API server that is away is waited for.
 
     *listed* gets every complete list: what is not in it is gone.  *changed* gets each change after it (ADDED, MODIFIED
-    or DELETED, and the object).
+    or DELETED, and the object).  *trim* and *page*: how lists are kept small while they are read.
     """
     backoff = Backoff(first=0.2, cap=15.0)
     version: str | None = None
     while True:
         try:
             if version is None:
-                listing = await list_all(api, path, query=query)
+                listing = await list_all(api, path, query=query, trim=trim, page=page)
                 listed(listing.items)
                 version = listing.resource_version
                 backoff.reset()

@@ -166,7 +166,9 @@ _processes.set_forkserver_preload(["tests.api.operator", "kubernetes_asyncio.con
 class Controller:
     """The controller process and the world its fake Nix lives in."""
 
-    def __init__(self, server: Server, directory: Path) -> None:
+    def __init__(self, server: Server, directory: Path, *, instance: str = "first") -> None:
+        directory.mkdir(exist_ok=True)
+        self._instance = instance
         self._kubeconfig = server.kubeconfig("controller", rbac.token(server, rbac.CONTROLLER))
         self._directory = directory
         self._process: ForkServerProcess | None = None
@@ -178,7 +180,12 @@ class Controller:
         assert self._process is None
         self._process = _processes.Process(
             target=operator.run,
-            args=(self._directory, options, str(self._kubeconfig), self._directory / "log"),
+            args=(
+                self._directory,
+                {"instance": self._instance, **options},
+                str(self._kubeconfig),
+                self._directory / "log",
+            ),
             daemon=True,
         )
         self._process.start()
@@ -186,6 +193,10 @@ class Controller:
     def kill(self) -> None:
         """As a crash or the OOM killer would."""
         self._end(signal.SIGKILL)
+
+    def ask_to_stop(self) -> None:
+        """As :meth:`stop`, without waiting for the end."""
+        self._signal(signal.SIGTERM)
 
     def stop(self) -> int:
         """As kubelet would; gives the exit code."""
@@ -260,15 +271,26 @@ async def expr(server: Server, api: KubernetesApi) -> AsyncIterator[Expressions]
 
 
 @pytest.fixture
-def controller(
-    server: Server, expr: Expressions, tmp_path: Path, request: pytest.FixtureRequest
-) -> Iterator[Controller]:
+def controller(server: Server, expr: Expressions, tmp_path: Path) -> Iterator[Controller]:
     """A controller that the test starts; killed afterwards.  Its log is shown when the test fails."""
     controller = Controller(server, tmp_path)
     yield controller
+    _clean_up(server, controller)
+
+
+@pytest.fixture
+def second(server: Server, controller: Controller, tmp_path: Path) -> Iterator[Controller]:
+    """Another controller, with a store of its own as on another node."""
+    second = Controller(server, tmp_path / "second", instance="second")
+    yield second
+    _clean_up(server, second)
+
+
+def _clean_up(server: Server, controller: Controller) -> None:
     if controller.running():
         controller.kill()
     if not server.running:
         server.start_api_server()
-    server.kubectl("delete", "-n", DRIVER_NAMESPACE, "--ignore-not-found", "secret/cknix-cache-key", "cm/cknix-cache")
+    made = ("secret/cknix-cache-key", "cm/cknix-cache", "lease/cknix-controller")
+    server.kubectl("delete", "-n", DRIVER_NAMESPACE, "--ignore-not-found", *made)
     print(controller.log()[-6000:])

@@ -17,6 +17,7 @@ from typing import Any
 from cknix_csi.controller.app import run_controller
 from cknix_csi.controller.ports import Dependencies, Options
 from cknix_csi.kube.client import connect
+from cknix_csi.kube.lease import Timing
 from cknix_csi.nix.cache.signing import KeyPair, generate_key
 from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.store import Store
@@ -52,10 +53,13 @@ async def main(directory: Path, options: dict[str, Any]) -> None:
                     max_builds=options.get("max_builds", 4),
                     retry_first=options.get("retry_first", 0.2),
                     retry_cap=options.get("retry_cap", 1.0),
+                    health=None,
+                    lease=Timing(**options.get("lease", {})),
                 ),
             ),
             stop,
-            instance=f"test-{os.getpid()}",
+            # A pod's name, which the containers that kubelet starts in it one after the other share.
+            instance=options["instance"],
         )
     world.note("stopped", "controller")
 

@@ -34,6 +34,26 @@ async def test_a_bad_spec_is_refused_and_the_field_named(api: KubernetesApi, cas
     assert case.field.removeprefix("spec.") in refusal.value.message
 
 
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ('spce: {data: {expr: "1"}}', 'unknown field "spce"'),
+        ('spec: {data: {expr: "1"}}\nstatsu: {}', 'unknown field "statsu"'),
+        ('spec: {dta: {expr: "1"}}', 'unknown field "spec.dta"'),
+        ('spec: {data: {exprs: "1"}}', 'unknown field "spec.data.exprs"'),
+        ('spec: {data: {expr: "1"}, refesh: 1h}', 'unknown field "spec.refesh"'),
+        ("", "spec: Required value"),
+        ("spec: {}", "spec.data: Required value"),
+        ("spec: {data: {}}", 'spec.data: Invalid value: "object": needs exactly one of expr, flakeRef, storePath'),
+    ],
+)
+def test_kubectl_apply_names_what_is_misspelt_or_missing(server: Server, text: str, field: str) -> None:
+    manifest = f"apiVersion: cknix.cool/v1\nkind: Expression\nmetadata: {{name: a}}\n{text}\n"
+    with pytest.raises(AssertionError) as refusal:
+        server.kubectl("apply", "--dry-run=server", "-f", "-", stdin=manifest)
+    assert field in str(refusal.value)
+
+
 async def test_the_history_has_a_default(api: KubernetesApi) -> None:
     assert (await dry_run(api, {"data": {"expr": "1"}}))["spec"]["historyLimit"] == 3
 

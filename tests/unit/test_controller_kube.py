@@ -256,7 +256,7 @@ async def test_a_secret_without_a_key_is_an_error_that_says_what_to_do() -> None
     api = FakeApi()
     for data in (None, {}, {"secretKey": "!"}, {"secretKey": "bm90IGEga2V5"}):
         api.objects[SECRET] = {"data": data}
-        with pytest.raises(MalformedKey, match="delete it and restart"):
+        with pytest.raises(MalformedKey, match="delete it to have a new one made"):
             await ensure_key(api, "s", generate_key)
 
 
@@ -264,7 +264,7 @@ async def test_an_api_server_that_is_away_makes_the_key_wait(monkeypatch: pytest
     api, failures = FakeApi(), [ApiError("away", status=None)]
     monkeypatch.setattr(Backoff, "next", lambda self: 0.0)
     api.fail = lambda method, path: failures.pop() if failures else None
-    assert (await ensure_key(api, "s", generate_key)).name == "cknix-cache-1"
+    assert (await ensure_key(api, "s", generate_key)).name.startswith("cknix-cache-")
 
 
 def event(message: str) -> Event:

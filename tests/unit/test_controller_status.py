@@ -15,6 +15,7 @@ from cknix_csi.api.expression import BUILT, EVALUATED, PUBLISHED, READY, Data, O
 from cknix_csi.api.progress import Progress
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.controller.status import (
+    MAX_HEADLINE_BYTES,
     MAX_MESSAGE_BYTES,
     QUEUED,
     RETRYING,
@@ -27,6 +28,7 @@ from cknix_csi.controller.status import (
     is_settled,
     kept,
     phase,
+    told,
     until_refresh,
 )
 
@@ -236,19 +238,46 @@ def test_a_long_log_keeps_its_first_line_and_its_end() -> None:
     assert len(short.encode()) > MAX_MESSAGE_BYTES - 100
 
 
+FAILED_BUILD = """\
+cc main.c
+main.c:1: error: expected ';'
+error: builder for '/nix/store/7rnmpbv8c4lpfzvq6v5x5i7m1y1a7cpb-x.drv' failed with exit code 1"""
+
+
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "first", "rest"),
     [
-        ("", ""),
-        ("plain words\nand more", "plain words"),
-        ("error: attribute 'helo' missing\n\n       at expr:1:25:", "attribute 'helo' missing"),
-        ("error:\n   … while evaluating\n   error: undefined variable 'x'\n   at expr:1:1", "undefined variable 'x'"),
-        ("error:", "error:"),
-        ("cc main.c\nerror: builder for 'x' failed", "builder for 'x' failed"),
+        ("", "BuildFailed", ""),
+        ("no result", "BuildFailed: no result", ""),
+        ("no result\nlook at it", "BuildFailed: no result", "look at it"),
+        (
+            "error:\n       … while evaluating\n\n       error: undefined variable 'x'\n       at a.nix:1:2:",
+            "BuildFailed: undefined variable 'x', at a.nix:1:2",
+            "error:\n       … while evaluating\n\n       error: undefined variable 'x'\n       at a.nix:1:2:",
+        ),
+        (
+            FAILED_BUILD,
+            "BuildFailed: builder for '/nix/store/7rnmpbv8c4lpfzvq6v5x5i7m1y1a7cpb-x.drv' failed with exit code 1: "
+            "main.c:1: error: expected ';'",
+            FAILED_BUILD,
+        ),
     ],
 )
-def test_a_headline_is_nixs_innermost_error(text: str, expected: str) -> None:
-    assert headline(text) == expected
+def test_a_message_says_it_all_in_its_first_line_and_nothing_twice(text: str, first: str, rest: str) -> None:
+    assert told(text, reason="BuildFailed") == (f"{first}\n\n{rest}" if rest else first)
+
+
+def test_the_first_line_says_what_happens_next() -> None:
+    assert told("the disk is full\nof logs", then="trying again in 5s") == (
+        "the disk is full; trying again in 5s\n\nof logs"
+    )
+
+
+@given(st.text(max_size=2000))
+def test_a_headline_is_one_short_line(text: str) -> None:
+    line = headline(text)
+    assert len(line.encode()) <= MAX_HEADLINE_BYTES
+    assert len(line.splitlines()) <= 1
 
 
 def test_published_is_the_last_step() -> None:

@@ -305,6 +305,17 @@ async def test_releasing_one_expression_leaves_the_roots_of_others(world: World)
     assert sorted(world.roots.found) == sorted([other, "strange"])
 
 
+async def test_an_expression_that_vanished_unseen_is_released_with_its_build(world: World) -> None:
+    world.nix.builds["a"] = forever
+    world.apply("a", 1)
+    await world.until(lambda: world.nix.building == ["a"])
+    await world.supervisor.release_all_but({UID})
+    assert world.nix.cancelled == []
+    await world.supervisor.release_all_but(set())
+    assert world.nix.cancelled == ["a"]
+    assert world.roots.found == {}
+
+
 async def test_a_refresh_that_is_due_is_done_and_the_next_one_waited_for(world: World) -> None:
     world.apply("a", 1, refresh="1h")
     await world.reaches("Succeeded", 1)
