@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cknix_csi import __version__
@@ -28,16 +28,24 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    commands.add_parser(
+    controller = commands.add_parser(
         "controller",
+        allow_abbrev=False,
         help="evaluate and build Expressions, and serve the binary cache (in a Deployment)",
         description="Watches Expressions, evaluates and builds them, and serves the results as a signed binary cache.",
     )
-    commands.add_parser(
+    node = commands.add_parser(
         "node",
+        allow_abbrev=False,
         help="mount closures for the pods of this node (in a DaemonSet)",
         description="The CSI node plugin csi.cknix.cool: fetches exact store paths and mounts them for kubelet.",
     )
+    for role in (controller, node):
+        role.add_argument(
+            "--log-format",
+            choices=("text", "json"),
+            help="lines for people, or one JSON object each (default: CKNIX_LOG_FORMAT, else text)",
+        )
     run = commands.add_parser(
         "run",
         allow_abbrev=False,
@@ -45,15 +53,24 @@ def parser() -> argparse.ArgumentParser:
         description=(
             "Evaluates and builds an Expression on this machine, publishes it through the CSI node service, and runs "
             "COMMAND with the volume at /nix and /nix/var/result/bin first on PATH.  Needs root and Nix.  The exit "
-            "code is the command's own; what it leaves running is ended with it."
+            "code is the command's own; what it leaves running is ended with it.  SIGINT, SIGQUIT, SIGTERM and SIGHUP "
+            "are passed on to it; the third SIGTERM kills it, and so does the end of cknix-csi itself."
         ),
     )
     source = run.add_mutually_exclusive_group(required=True)
-    source.add_argument("-f", "--file", type=Path, metavar="FILE", help="YAML file with an Expression")
+    source.add_argument(
+        "-f", "--file", type=Path, metavar="FILE", help="YAML file with an Expression, - for standard input"
+    )
     source.add_argument("--expr", metavar="TEXT", help="Nix source text")
     source.add_argument("--flake", metavar="REF", help="flake reference, for example path:.#hello")
     source.add_argument("--store-path", metavar="PATH", help="exact store path")
+    run.add_argument("--name", metavar="NAME", help="which Expression of FILE, where it holds several")
     run.add_argument("--writable", action="store_true", help="let the command write below /nix (discarded afterwards)")
+    run.add_argument(
+        "--restricted",
+        action="store_true",
+        help="evaluate as the controller of a cluster does, which sees nothing of its machine",
+    )
     run.add_argument(
         "--data-root",
         type=_directory,
@@ -63,6 +80,36 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("-q", "--quiet", action="store_true", help="no progress, only errors and the command's own output")
     run.add_argument(
         "argv", nargs="*", metavar="COMMAND", help="command and arguments (default: a shell); put -- first"
+    )
+    probe = commands.add_parser(
+        "probe",
+        allow_abbrev=False,
+        help="tell what this node's kernel and disk can do, and what volumes are made of here",
+        description=(
+            "Tries everything that volumes rely on, in a scratch directory of the data root, and prints what works and "
+            "what follows for volumes.  Leaves nothing; needs root.  The exit code is 0 where read-only and writable "
+            "volumes can be had, else 1."
+        ),
+    )
+    probe.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    probe.add_argument(
+        "--data-root",
+        type=_directory,
+        metavar="DIR",
+        help="where volumes are made (default: CKNIX_DATA_ROOT, else /var/lib/cknix)",
+    )
+    volumes = commands.add_parser(
+        "volumes",
+        allow_abbrev=False,
+        help="list what is published on this node, and since when",
+        description="Lists what the node daemon has noted of its volumes, the oldest first.  Changes nothing.",
+    )
+    volumes.add_argument("--json", action="store_true", help="a JSON array instead of a table")
+    volumes.add_argument(
+        "--data-root",
+        type=_directory,
+        metavar="DIR",
+        help="the daemon's data root (default: CKNIX_DATA_ROOT, else /var/lib/cknix)",
     )
     return top
 
@@ -84,36 +131,57 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _environment(options: argparse.Namespace) -> Mapping[str, str]:
+    """The environment of a role; the command line comes before it."""
+    return {**os.environ, **({"CKNIX_LOG_FORMAT": options.log_format} if options.log_format else {})}
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Import a role and run it; returns the exit code."""
+    if options.command == "controller":
+        from cknix_csi.serve import controller  # noqa: PLC0415
+
+        return controller(_environment(options))
+    if options.command == "node":
+        from cknix_csi.serve import node  # noqa: PLC0415
+
+        return node(_environment(options))
+    if options.command == "probe":
+        from cknix_csi.run import probing  # noqa: PLC0415
+
+        return probing.run(os.environ, options.data_root, as_json=options.json)
+    if options.command == "volumes":
+        from cknix_csi.run import listing  # noqa: PLC0415
+
+        return listing.run(os.environ, options.data_root, as_json=options.json)
+    from cknix_csi.run import command  # noqa: PLC0415
+
+    return command.run(
+        command.Options(
+            file=options.file,
+            name=options.name,
+            expr=options.expr,
+            flake=options.flake,
+            store_path=options.store_path,
+            writable=options.writable,
+            restricted=options.restricted,
+            data_root=options.data_root,
+            quiet=options.quiet,
+            argv=tuple(options.argv),
+        ),
+        os.environ,
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     options = _parse(arguments)
     from cknix_csi.api.errors import CknixError  # noqa: PLC0415
 
     try:
-        if options.command == "controller":
-            from cknix_csi.serve import controller  # noqa: PLC0415
-
-            return controller(os.environ)
-        if options.command == "node":
-            from cknix_csi.serve import node  # noqa: PLC0415
-
-            return node(os.environ)
-        from cknix_csi.run import command  # noqa: PLC0415
-
-        return command.run(
-            command.Options(
-                file=options.file,
-                expr=options.expr,
-                flake=options.flake,
-                store_path=options.store_path,
-                writable=options.writable,
-                data_root=options.data_root,
-                quiet=options.quiet,
-                argv=tuple(options.argv),
-            ),
-            os.environ,
-        )
+        return _run(options)
     except KeyboardInterrupt:
+        print(f"cknix-csi {options.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except CknixError as error:
         logging.getLogger("cknix").debug("stopped", exc_info=True)

@@ -6,13 +6,13 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from cknix_csi import __version__
+from cknix_csi import __version__, logs
 from cknix_csi.api.errors import CknixError
 from cknix_csi.nix.closures import StoreClosures
+from cknix_csi.nix.collection import Collector
 from cknix_csi.nix.demo import search_path
 from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.nix import Nix, NixOptions, has_build_users
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 def controller(environment: Mapping[str, str]) -> int:
     """Run the controller until SIGTERM; returns the exit code.  Raises ``Invalid`` for bad settings."""
     settings = controller_settings(environment)
-    _log_to_stderr(settings.log_level)
+    logs.set_up(settings.log_level, settings.log_format)
     _log.info("cknix %s controller, data root %s", __version__, settings.nix.data_root)
     asyncio.run(_until_stopped(lambda stop: _controller(settings, stop)))
     return 0
@@ -46,7 +46,7 @@ def controller(environment: Mapping[str, str]) -> int:
 def node(environment: Mapping[str, str]) -> int:
     """Run the node daemon until SIGTERM; returns the exit code.  Raises ``Invalid`` for bad settings."""
     settings = node_settings(environment)
-    _log_to_stderr(settings.log_level)
+    logs.set_up(settings.log_level, settings.log_format)
     _log.info("cknix %s on node %s, data root %s", __version__, settings.node_name, settings.nix.data_root)
     asyncio.run(_until_stopped(lambda stop: _node(settings, stop)))
     return 0
@@ -69,9 +69,11 @@ def nix_of(settings: NixSettings, options_of_nix: Mapping[str, str] | None = Non
 async def _controller(settings: ControllerSettings, stop: asyncio.Event) -> None:
     from cknix_csi.controller.app import run_controller  # noqa: PLC0415 - a node needs no kopf
     from cknix_csi.controller.ports import Dependencies, Options  # noqa: PLC0415
+    from cknix_csi.csi.housekeeping import Housekeeping  # noqa: PLC0415
     from cknix_csi.kube.client import connect  # noqa: PLC0415
     from cknix_csi.nix.cache.server import serve_cache  # noqa: PLC0415
     from cknix_csi.nix.cache.signing import KeyPair, generate_key  # noqa: PLC0415
+    from cknix_csi.nix.evaluations import HeldEvaluations  # noqa: PLC0415
 
     # Held until this process ends.
     await move_in(settings.nix.data_root, patience=_PATIENCE_SECONDS)
@@ -79,13 +81,19 @@ async def _controller(settings: ControllerSettings, stop: asyncio.Event) -> None
     if not has_build_users():
         _log.warning("there is no group nixbld with members: builds run as root, and can change their inputs")
 
+    housekeeping = Housekeeping(
+        store=Collector(nix.store, settings.nix.data_root / "home"), watermarks=settings.watermarks
+    )
+    held = HeldEvaluations(nix, housekeeping.out_of_space)
+    await held.start()
+
     def serve(key: KeyPair) -> Coroutine[Any, Any, None]:
         return serve_cache(nix.store, key, host=settings.cache_host, port=settings.cache_port)
 
     async with connect() as api:
         dependencies = Dependencies(
             api=api,
-            nix=nix,
+            nix=held,
             closures=StoreClosures(nix.store),
             roots=GcRoots(nix.store, "expressions"),
             serve_cache=serve,
@@ -98,44 +106,74 @@ async def _controller(settings: ControllerSettings, stop: asyncio.Event) -> None
                 max_builds=settings.max_builds,
             ),
         )
-        await run_controller(dependencies, stop, instance=os.environ.get("HOSTNAME", "cknix-controller"))
+        instance = os.environ.get("HOSTNAME", "cknix-controller")
+        await _beside([housekeeping.run()], run_controller(dependencies, stop, instance=instance))
 
 
 async def _node(settings: NodeSettings, stop: asyncio.Event) -> None:
     from cknix_csi.csi.closures import ClosureService  # noqa: PLC0415 - a controller needs no gRPC
     from cknix_csi.csi.daemon import NodeDependencies, run_node  # noqa: PLC0415
+    from cknix_csi.csi.housekeeping import Housekeeping  # noqa: PLC0415
+    from cknix_csi.csi.remembered import RememberedResults  # noqa: PLC0415
     from cknix_csi.kube.cacheconfig import CacheConfig  # noqa: PLC0415
     from cknix_csi.kube.client import connect  # noqa: PLC0415
     from cknix_csi.kube.controllerplace import follow_controller  # noqa: PLC0415
+    from cknix_csi.kube.events import EventRecorder  # noqa: PLC0415
     from cknix_csi.kube.expressions import ExpressionWatch  # noqa: PLC0415
+    from cknix_csi.kube.pods import PodEvents, PodWatch  # noqa: PLC0415
     from cknix_csi.nix.fetcher import StoreFetcher  # noqa: PLC0415
+    from cknix_csi.volumes.ledger import FILE, Ledger  # noqa: PLC0415
     from cknix_csi.volumes.volumes import Volumes  # noqa: PLC0415
+    from cknix_csi.volumes.warm import Warm  # noqa: PLC0415
 
     data_root = settings.nix.data_root
     data_root.mkdir(parents=True, exist_ok=True)
     nix = nix_of(settings.nix)
-    volumes = Volumes(data_root, StoreClosures(nix.store))
+    keep_warm = Warm(settings.keep_warm, settings.keep_warm_seconds)
+    volumes = Volumes(data_root, StoreClosures(nix.store), keep_warm=keep_warm)
+    ledger = Ledger(data_root / FILE)
+    housekeeping = Housekeeping(
+        store=Collector(nix.store, data_root / "home"), uses=ledger, volumes=volumes, watermarks=settings.watermarks
+    )
     try:
         async with connect() as api:
             config = CacheConfig(api, settings.namespace, data_root / "state/cache.json")
             watch = ExpressionWatch(api)
+            pods = PodWatch(api, settings.node_name)
+            events = EventRecorder(api, component="cknix-node", instance=settings.node_name)
             dependencies = NodeDependencies(
                 node_id=settings.node_name,
                 system=settings.nix.system,
                 endpoint=settings.endpoint,
                 registration=settings.kubelet_root / "plugins_registry" / f"{DRIVER_NAME}-reg.sock",
                 volumes=volumes,
-                closures=ClosureService(StoreFetcher(nix, config.endpoints)),
+                closures=ClosureService(StoreFetcher(nix, config.endpoints), housekeeping.out_of_space),
                 expressions=watch,
                 budget=settings.rpc_budget,
+                sizes=settings.sizes,
+                pods=pods,
+                events=PodEvents(events),
+                remembered=RememberedResults(data_root / "state/results.json", settings.nix.system),
+                ledger=ledger,
+                out_of_space=housekeeping.out_of_space,
             )
+
+            async def keep_room() -> None:
+                await dependencies.in_order.wait()
+                await housekeeping.run()
 
             async def clear_out_controller(node: str) -> None:
                 if node != settings.node_name:
                     await volumes.throw_away(lambda take: clear_out(data_root / CONTROLLER, take))
 
             await _beside(
-                [watch.run(), follow_controller(api, settings.namespace, clear_out_controller)],
+                [
+                    watch.run(),
+                    pods.run(),
+                    events.run(),
+                    keep_room(),
+                    follow_controller(api, settings.namespace, clear_out_controller),
+                ],
                 run_node(dependencies, stop),
             )
     finally:
@@ -161,9 +199,3 @@ async def _until_stopped(role: Callable[[asyncio.Event], Coroutine[Any, Any, Non
         loop.add_signal_handler(number, stop.set)
     await role(stop)
     _log.info("stopped")
-
-
-def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )

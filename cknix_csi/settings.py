@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from cknix_csi import logs
 from cknix_csi.api.durations import parse_duration
 from cknix_csi.api.errors import Invalid, Problem
+from cknix_csi.api.limits import Limit, SizePolicy
+from cknix_csi.api.quantity import format_quantity, parse_quantity
 from cknix_csi.api.systems import KNOWN_SYSTEMS, system_of_machine
+from cknix_csi.api.watermarks import Watermark, Watermarks
 
 T = TypeVar("T")
 
@@ -55,7 +59,15 @@ class NodeSettings:
     """Where the driver itself is installed."""
     rpc_budget: float
     """Seconds an RPC waits for work before it answers "in progress"; kubelet gives it 120."""
+    sizes: SizePolicy
+    """How much writable volumes may hold."""
+    keep_warm: int
+    """How many views stay when their last pod is gone; 0 for none."""
+    keep_warm_seconds: float
+    watermarks: Watermarks
+    """Of the data root's disk."""
     log_level: str
+    log_format: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +79,10 @@ class ControllerSettings:
     cache_host: str
     cache_port: int
     max_builds: int
+    watermarks: Watermarks
+    """Of the data root's disk."""
     log_level: str
+    log_format: str
 
 
 def node_settings(environment: Mapping[str, str]) -> NodeSettings:
@@ -80,7 +95,12 @@ def node_settings(environment: Mapping[str, str]) -> NodeSettings:
         kubelet_root=read("CKNIX_KUBELET_ROOT", _absolute, Path("/var/lib/kubelet")),
         namespace=read("CKNIX_NAMESPACE", _namespace, "cknix-system"),
         rpc_budget=read("CKNIX_RPC_BUDGET", _rpc_budget, 100.0),
+        sizes=_sizes(read),
+        keep_warm=read("CKNIX_KEEP_WARM", _count, 0),
+        keep_warm_seconds=read("CKNIX_KEEP_WARM_TIME", _seconds, 600.0),
+        watermarks=_watermarks(read),
         log_level=_log_level(read),
+        log_format=_log_format(read),
     )
     read.finish()
     return settings
@@ -99,18 +119,22 @@ def controller_settings(environment: Mapping[str, str]) -> ControllerSettings:
         cache_host=host,
         cache_port=port,
         max_builds=read("CKNIX_MAX_BUILDS", _positive, 4),
+        watermarks=_watermarks(read),
         log_level=_log_level(read),
+        log_format=_log_format(read),
     )
     read.finish()
     return settings
 
 
-def run_settings(environment: Mapping[str, str], data_root: Path | None) -> NixSettings:
-    """For ``cknix-csi run``: the caller is root on this machine already, so evaluation is not restricted.
+def run_settings(environment: Mapping[str, str], data_root: Path | None, *, restricted: bool = False) -> NixSettings:
+    """For ``cknix-csi run``; what the command line says comes before *environment*.
 
-    Raises :class:`Invalid` with every problem.
+    The caller is root on this machine already, so evaluation is restricted only when they want that.  Raises
+    :class:`Invalid` with every problem.
     """
-    read = _Reader({**environment, **({"CKNIX_DATA_ROOT": str(data_root)} if data_root else {})})
+    told = {"CKNIX_DATA_ROOT": str(data_root or ""), "CKNIX_RESTRICT_EVAL": "true" if restricted else ""}
+    read = _Reader({**environment, **{name: text for name, text in told.items() if text}})
     settings = _nix(read, DATA_ROOT, restrict_eval=False)
     read.finish()
     return settings
@@ -130,8 +154,16 @@ class _Reader:
         try:
             return parse(text.strip())
         except ValueError as error:
-            self._problems.append(Problem(f"environment variable {name}", f"{text!r} {error}"))
+            self.refuse(name, f"{text!r} {error}")
             return default
+
+    def refuse(self, name: str, problem: str) -> None:
+        """Keep *problem* of variable *name* too."""
+        self._problems.append(Problem(f"environment variable {name}", problem))
+
+    def refused(self, *names: str) -> bool:
+        """True when one of the variables *names* has been read or kept as a problem."""
+        return any(problem.field == f"environment variable {name}" for problem in self._problems for name in names)
 
     def finish(self) -> None:
         if self._problems:
@@ -149,8 +181,35 @@ def _nix(read: _Reader, data_root: Path, *, restrict_eval: bool = True) -> NixSe
     )
 
 
+def _sizes(read: _Reader) -> SizePolicy:
+    sizes = SizePolicy(
+        default=read("CKNIX_SIZE_LIMIT_DEFAULT", _size, None), maximum=read("CKNIX_SIZE_LIMIT_MAX", _size, None)
+    )
+    if sizes.default is not None and sizes.maximum is not None and sizes.default > sizes.maximum:
+        default, maximum = format_quantity(sizes.default), format_quantity(sizes.maximum)
+        read.refuse("CKNIX_SIZE_LIMIT_DEFAULT", f"{default} is more than CKNIX_SIZE_LIMIT_MAX, which is {maximum}")
+    return sizes
+
+
+def _watermarks(read: _Reader) -> Watermarks:
+    default = Watermarks()
+    low = read("CKNIX_GC_LOW", Watermark.parse, default.low)
+    high = read("CKNIX_GC_HIGH", Watermark.parse, default.high)
+    if read.refused("CKNIX_GC_LOW", "CKNIX_GC_HIGH"):
+        return default
+    try:
+        return Watermarks(low, high)
+    except ValueError:
+        read.refuse("CKNIX_GC_LOW", f"{low} is not less than CKNIX_GC_HIGH, which is {high}")
+        return default
+
+
 def _log_level(read: _Reader) -> str:
     return read("CKNIX_LOG_LEVEL", _choice(LOG_LEVELS), "info")
+
+
+def _log_format(read: _Reader) -> str:
+    return read("CKNIX_LOG_FORMAT", _choice(logs.FORMATS), logs.TEXT)
 
 
 def _text(text: str) -> str:
@@ -209,6 +268,19 @@ def _positive(text: str) -> int:
     if not re.fullmatch("[0-9]+", text) or int(text) < 1:
         raise ValueError("must be a whole number of at least 1")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,6}", text):
+        raise ValueError("must be a whole number, at least 0")
+    return int(text)
+
+
+def _size(text: str) -> int | None:
+    try:
+        return Limit(parse_quantity(text)).bytes
+    except ValueError as error:
+        raise ValueError(f"is refused: {error}") from None
 
 
 def _boolean(text: str) -> bool:

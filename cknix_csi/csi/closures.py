@@ -8,14 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cknix_csi.api.errors import InProgress
+from cknix_csi import logs
+from cknix_csi.api.errors import InProgress, OutOfSpace
 from cknix_csi.api.progress import Progress, humanise
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.csi.flights import Flights
 from cknix_csi.csi.lifecycle import shutting_down
+from cknix_csi.csi.repeats import Repeats
+from cknix_csi.volumes.failures import explained
 from cknix_csi.volumes.locks import finish
 
 log = logging.getLogger(__name__)
+
+AT_ONCE = 8
+"""Fetches that run side by side; more wait in the order they came.  Each is a Nix process of tens of megabytes."""
 
 
 class Fetcher(Protocol):
@@ -25,7 +31,7 @@ class Fetcher(Protocol):
         """True when *path* and its closure are in the store.  Spawns no process."""
 
     async def fetch(self, path: StorePath, progress: Callable[[Progress], None]) -> None:
-        """Bring *path* with its closure into the store.  Raises ``CknixError``."""
+        """Bring *path* with its closure into the store, and what the store has lost of it.  Raises ``CknixError``."""
 
     async def hold(self, path: StorePath) -> None:
         """Keep garbage collection from *path* while it is fetched; it need not be there yet."""
@@ -42,15 +48,23 @@ class _Fetch:
     started: float
     """Of the event loop's clock, in seconds."""
     progress: Progress = field(default_factory=Progress)
+    waiting: bool = True
+    """For its turn."""
 
 
 class ClosureService:
     """Fetches closures; a fetch outlives the RPC that asked for it, and all that ask for the same path share it."""
 
-    def __init__(self, fetcher: Fetcher) -> None:
+    def __init__(self, fetcher: Fetcher, out_of_space: Callable[[], None] = lambda: None) -> None:
+        """*out_of_space* is told when a fetch finds the disk full, whoever waits for it."""
         self._fetcher = fetcher
+        self._out_of_space = out_of_space
         self._flights: Flights[StorePath] = Flights()
         self._fetches: dict[StorePath, _Fetch] = {}
+        self._damaged: set[StorePath] = set()
+        """Found damaged, and not being fetched since."""
+        self._failures = Repeats()
+        self._turns = asyncio.Semaphore(AT_ONCE)
         self._closing = False
 
     async def start(self) -> None:
@@ -73,35 +87,70 @@ class ClosureService:
             raise shutting_down(f"fetching {path}")
         flight.result()
 
+    async def restore(self, path: StorePath, *, budget: float) -> None:
+        """As :meth:`ensure`, for a *path* that counts as valid but has been found damaged: it is fetched in any case.
+
+        One fetch, begun after the damage was found, serves all that have found it.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + budget
+        self._damaged.add(path)
+        while path in self._damaged:  # else the one that is joined may have begun before
+            await self.ensure(path, budget=deadline - clock())
+
     async def close(self) -> None:
         """Stop all fetches and wait until they have ended."""
         self._closing = True
         await self._flights.close()
 
     async def _bring(self, path: StorePath) -> None:
-        if await self._fetcher.is_valid(path):
-            return
+        # It is for whoever needs the path, not for the volume that asked first.
+        with logs.about({"closure": path.basename}):
+            if path in self._damaged:
+                self._damaged.discard(path)
+            elif await self._fetcher.is_valid(path):
+                return
+            await self._fetch(path)
+
+    async def _fetch(self, path: StorePath) -> None:
         clock = asyncio.get_running_loop().time
         fetch = self._fetches[path] = _Fetch(clock())
 
         def report(progress: Progress) -> None:
             fetch.progress = progress
 
-        log.info("fetching %s", path)
         try:
-            await finish(self._fetcher.hold(path))
-            await self._fetcher.fetch(path, report)
+            async with self._turns:
+                fetch.waiting = False
+                log.info("fetching %s", path)
+                with explained(f"take the GC root of {path}"):
+                    await finish(self._fetcher.hold(path))
+                await self._fetcher.fetch(path, report)
         except Exception as error:
+            if isinstance(error, OutOfSpace):
+                self._out_of_space()
             # Said here because nobody may be waiting any more.
-            log.warning("fetching %s failed after %s: %s", path, humanise(clock() - fetch.started), error)
+            self._failures.idle()
+            level = logging.WARNING if self._failures.failed(path, str(error)).aloud else logging.DEBUG
+            log.log(level, "fetching %s failed after %s: %s", path, humanise(clock() - fetch.started), error)
             raise
         finally:
             del self._fetches[path]
-            await finish(self._fetcher.release(path))
+            await self._release(path)
+        self._failures.over(path)
         log.info("fetched %s in %.1fs", path, clock() - fetch.started)
+
+    async def _release(self, path: StorePath) -> None:
+        try:
+            await finish(self._fetcher.release(path))
+        except OSError as error:
+            # The path is there all the same; the next start of the daemon releases it.
+            log.warning("the GC root of the fetch of %s could not be removed: %s", path, error)
 
     def _words(self, path: StorePath) -> str:
         fetch = self._fetches.get(path)
         if fetch is None:
             return "starting"
+        if fetch.waiting:
+            return f"waiting for one of {AT_ONCE} other fetches to end"
         return f"{fetch.progress}, {humanise(asyncio.get_running_loop().time() - fetch.started)}"

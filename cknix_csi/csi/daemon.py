@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from cknix_csi.api.errors import Invalid, Problem
+from cknix_csi.api.errors import CknixError, Invalid, Problem
+from cknix_csi.api.limits import SizePolicy
 from cknix_csi.csi.closures import ClosureService
 from cknix_csi.csi.identity import Identity
 from cknix_csi.csi.node import Node
+from cknix_csi.csi.pods import PodEvents, Pods
 from cknix_csi.csi.publisher import Publisher, Volumes
+from cknix_csi.csi.records import Records
 from cknix_csi.csi.registration import Registration
+from cknix_csi.csi.remembered import RememberedResults
 from cknix_csi.csi.resolve import Expressions, Resolver
 from cknix_csi.csi.server import serve
+from cknix_csi.csi.stats import Measures
 from cknix_csi.settings import DRIVER_NAME
+from cknix_csi.volumes.ledger import Ledger
+
+log = logging.getLogger(__name__)
 
 # CSI spec, "NodeGetInfo": more must not be sent.
 MAX_NODE_ID = 256
+
+
+class NodeVolumes(Volumes, Measures, Protocol):
+    """All that a node daemon asks of volumes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +48,26 @@ class NodeDependencies:
     """The CSI socket, at the same path for this process and for kubelet."""
     registration: Path | None
     """The socket in kubelet's plugins_registry directory; None: there is no kubelet."""
-    volumes: Volumes
+    volumes: NodeVolumes
     closures: ClosureService
     expressions: Expressions | None
     """Its watch is run by the caller; None: there is no Kubernetes."""
     budget: float
     """Seconds an RPC may wait before it answers "in progress"."""
+    remembered: RememberedResults | None = None
+    """Last known results of Expressions; None: nothing is remembered from one process to the next."""
+    sizes: SizePolicy = field(default_factory=SizePolicy)
+    """How much writable volumes may hold."""
+    pods: Pods | None = None
+    """Its watch is run by the caller; None: there is no Kubernetes."""
+    events: PodEvents | None = None
+    """Their sending is run by the caller; None: nobody is told."""
+    ledger: Ledger | None = None
+    """What is published where; None: nobody takes notes."""
+    out_of_space: Callable[[], None] = lambda: None
+    """Told when a mount finds the node's disk full."""
+    in_order: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once what an earlier daemon left is in order: before, nothing tells what is garbage."""
     grace: float = 20.0
     """Seconds that calls get to finish when the daemon stops."""
 
@@ -83,20 +111,47 @@ async def serving(node: NodeDependencies) -> AsyncIterator[Registration | None]:
     publisher = Publisher(
         volumes=node.volumes,
         closures=node.closures,
-        resolver=Resolver(node.system, node.expressions),
+        resolver=Resolver(node.system, node.expressions, node.remembered),
         budget=node.budget,
+        sizes=node.sizes,
+        pods=node.pods,
+        events=node.events,
+        records=Records(node.ledger),
+        out_of_space=node.out_of_space,
     )
-    service = Node(node_id=node.node_id, system=node.system, publisher=publisher)
+    service = Node(node_id=node.node_id, system=node.system, publisher=publisher, measures=node.volumes)
     try:
-        async with serve([Identity(), service], node.endpoint, grace=node.grace):
-            try:
-                async with _registered(node) as registration:
-                    yield registration
-            finally:
-                publisher.drain()
+        async with AsyncExitStack() as kept:
+            await _take_stock(node)
+            if node.remembered is not None:
+                await kept.enter_async_context(node.remembered.kept())
+            async with serve([Identity(), service], node.endpoint, grace=node.grace):
+                try:
+                    async with _registered(node) as registration:
+                        yield registration
+                finally:
+                    publisher.drain()
     finally:
-        await publisher.close()
-        await node.closures.close()
+        try:
+            await publisher.close()
+            await node.closures.close()
+        finally:
+            if node.ledger is not None:
+                await node.ledger.close()
+
+
+async def _take_stock(node: NodeDependencies) -> None:
+    """Open the ledger and bring it to agree with the mount table; then all is in order."""
+    if node.ledger is not None:
+        await node.ledger.open()
+        try:
+            corrections = node.ledger.reconcile(await asyncio.to_thread(node.volumes.publications))
+        except CknixError as error:  # volumes need no ledger
+            log.warning("the ledger was not compared with the mount table: %s", error)
+        else:
+            if words := corrections.words():
+                log.info("the ledger did not agree with the mount table: %s", words)
+    node.in_order.set()
 
 
 @asynccontextmanager

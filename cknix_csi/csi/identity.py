@@ -5,7 +5,7 @@ from __future__ import annotations
 from google.protobuf.wrappers_pb2 import BoolValue
 
 from cknix_csi import __version__
-from cknix_csi.csi.rpc import rpc
+from cknix_csi.csi.rpc import Service, rpc
 from cknix_csi.proto.csi_grpc import IdentityBase
 from cknix_csi.proto.csi_pb2 import (
     GetPluginCapabilitiesRequest,
@@ -18,7 +18,7 @@ from cknix_csi.proto.csi_pb2 import (
 from cknix_csi.settings import DRIVER_NAME
 
 
-class Identity(IdentityBase):
+class Identity(Service, IdentityBase):
     @rpc
     async def GetPluginInfo(self, request: GetPluginInfoRequest) -> GetPluginInfoResponse:
         return GetPluginInfoResponse(name=DRIVER_NAME, vendor_version=__version__)

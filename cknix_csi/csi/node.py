@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
+from cknix_csi import logs
+from cknix_csi.api.progress import humanise
 from cknix_csi.csi.errors import unimplemented
 from cknix_csi.csi.publisher import Publisher
-from cknix_csi.csi.requests import PublishCall, UnpublishCall
-from cknix_csi.csi.rpc import rpc
+from cknix_csi.csi.repeats import Repeats
+from cknix_csi.csi.requests import PublishCall, StatsCall, UnpublishCall
+from cknix_csi.csi.rpc import Service, rpc
+from cknix_csi.csi.stats import Measures, stats_response
 from cknix_csi.proto.csi_grpc import NodeBase
 from cknix_csi.proto.csi_pb2 import (
     NodeExpandVolumeRequest,
@@ -27,17 +33,26 @@ from cknix_csi.proto.csi_pb2 import (
     NodeUnstageVolumeResponse,
 )
 
-# Without it one claim could not be shared by two pods of a node (CSI spec, table of NodePublishVolume).
-CAPABILITIES = (NodeServiceCapability.RPC.SINGLE_NODE_MULTI_WRITER,)
+log = logging.getLogger(__name__)
+
+CAPABILITIES = (
+    NodeServiceCapability.RPC.GET_VOLUME_STATS,
+    NodeServiceCapability.RPC.VOLUME_CONDITION,
+    # Without it one claim could not be shared by two pods of a node (CSI spec, table of NodePublishVolume).
+    NodeServiceCapability.RPC.SINGLE_NODE_MULTI_WRITER,
+)
 
 
-class Node(NodeBase):
+class Node(Service, NodeBase):
     """*node_id* is the Kubernetes node's name; *system* its Nix system."""
 
-    def __init__(self, *, node_id: str, system: str, publisher: Publisher) -> None:
+    def __init__(self, *, node_id: str, system: str, publisher: Publisher, measures: Measures) -> None:
+        super().__init__()
         self._node_id = node_id
         self._system = system
         self._publisher = publisher
+        self._measures = measures
+        self._unwell = Repeats()
 
     @rpc
     async def NodePublishVolume(self, request: NodePublishVolumeRequest) -> NodePublishVolumeResponse:
@@ -69,8 +84,20 @@ class Node(NodeBase):
 
     @rpc
     async def NodeGetVolumeStats(self, request: NodeGetVolumeStatsRequest) -> NodeGetVolumeStatsResponse:
-        raise unimplemented("NodeGetVolumeStats", "GET_VOLUME_STATS")
+        call = StatsCall.parse(request)
+        measured = await self._measures.measure(call.volume_id, call.path)
+        self._tell(call, measured.problem)
+        return stats_response(measured)
 
     @rpc
     async def NodeExpandVolume(self, request: NodeExpandVolumeRequest) -> NodeExpandVolumeResponse:
         raise unimplemented("NodeExpandVolume", "EXPAND_VOLUME")
+
+    def _tell(self, call: StatsCall, problem: str | None) -> None:
+        """Log what is wrong with a volume, once: kubelet asks every minute, and gets no more than its first words."""
+        self._unwell.idle()
+        if problem is not None:
+            repeated = self._unwell.failed(call, problem, logs.fields())
+            log.log(logging.WARNING if repeated.aloud else logging.DEBUG, "the volume is not well: %s", problem)
+        elif (ended := self._unwell.over(call)) is not None:
+            log.info("the volume is well again after %s", humanise(ended.seconds))

@@ -28,10 +28,19 @@ def require_same(call: PublishCall, there: Publication, remembered: PublishCall 
         differs.append(f"it is {_mode(there.writable)}, asked for is {_mode(call.writable)}")
     if isinstance(call.source, FromStorePath) and there.closure_id != call.source.path.basename:
         differs.append(f"it shows {there.closure_id}, asked for is {call.source.path.basename}")
+    asked = call.options.presentation
+    if asked is not None and asked is not there.presentation:
+        differs.append(f"it is presented as {there.presentation.value}, asked for is {asked.value}")
+    # A limit that nobody asked for is the node's, and may be another one after a restart of the daemon.
+    limit = call.options.limit.whole() if call.options.limit else there.limit
+    if limit != there.limit:
+        differs.append(f"it may hold {there.limit or 'any amount'}, asked for is {limit}")
     if remembered is not None and remembered.volume_id != call.volume_id:
         differs.append(f"it is volume {remembered.volume_id}, asked for is volume {call.volume_id}")
     if remembered is not None and remembered.source != call.source and not isinstance(call.source, FromStorePath):
         differs.append(f"it was published from {remembered.source}, asked for is {call.source}")
+    if remembered is not None and remembered.options.limit and not call.options.limit:
+        differs.append(f"it was published with a limit of {remembered.options.limit}, asked for is none")
     if differs:
         raise Conflict(
             f"another volume is published at target_path {call.target}: {'; '.join(differs)}; unpublish it first"

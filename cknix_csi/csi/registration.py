@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cknix_csi.api.errors import CknixError, Code
-from cknix_csi.csi.rpc import rpc
+from cknix_csi.csi.rpc import Service, rpc
 from cknix_csi.proto.pluginregistration_grpc import RegistrationBase
 from cknix_csi.proto.pluginregistration_pb2 import (
     InfoRequest,
@@ -34,10 +34,11 @@ class RegistrationRefused(CknixError):
     reason = "RegistrationRefused"
 
 
-class Registration(RegistrationBase):
+class Registration(Service, RegistrationBase):
     """*endpoint* is the driver's socket as kubelet sees it."""
 
     def __init__(self, *, driver: str, endpoint: Path) -> None:
+        super().__init__()
         self._driver = driver
         self._endpoint = endpoint
         self._refusal: asyncio.Future[str] = asyncio.get_running_loop().create_future()

@@ -1,18 +1,24 @@
 """Requests as values: which fields must be there, what they may hold, and every problem at once.
 
-Rules: CSI specification, "NodePublishVolume", "NodeUnpublishVolume" and "Error Scheme" (a missing or unsupported field
-is INVALID_ARGUMENT).  Attributes: :mod:`cknix_csi.api.attributes`.
+Rules: CSI specification, "NodePublishVolume", "NodeUnpublishVolume", "NodeGetVolumeStats" and "Error Scheme" (a missing
+or unsupported field is INVALID_ARGUMENT).  Attributes: :mod:`cknix_csi.api.attributes`.
 """
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cknix_csi.api.attributes import PodInfo, VolumeSource, parse_source
 from cknix_csi.api.errors import Invalid, Problem
-from cknix_csi.proto.csi_pb2 import NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability
+from cknix_csi.api.options import VolumeOptions, parse_options
+from cknix_csi.proto.csi_pb2 import (
+    NodeGetVolumeStatsRequest,
+    NodePublishVolumeRequest,
+    NodeUnpublishVolumeRequest,
+    VolumeCapability,
+)
 
 
 class AccessMode(enum.Enum):
@@ -50,6 +56,7 @@ class PublishCall:
     writable: bool
     access_mode: AccessMode
     pod: PodInfo
+    options: VolumeOptions = field(default_factory=VolumeOptions)
 
     @classmethod
     def parse(cls, request: NodePublishVolumeRequest, *, system: str) -> PublishCall:
@@ -57,21 +64,28 @@ class PublishCall:
         problems: list[Problem] = []
         target = _parse_ids(request.volume_id, request.target_path, problems)
         mode = _parse_capability(request, problems)
-        # What kubelet adds to the attributes may hold tokens: only parse_source and PodInfo look inside.
+        writable = not (request.readonly or (mode is not None and mode.reads_only))
+        # What kubelet adds to the attributes may hold tokens: only these parsers look inside.
         context = dict(request.volume_context)
+        source, options = None, VolumeOptions()
         try:
             source = parse_source(context, system=system)
         except Invalid as error:
-            raise Invalid([*problems, *error.problems]) from None
-        if problems or mode is None:
+            problems += error.problems
+        try:
+            options = parse_options(context, writable=writable)
+        except Invalid as error:
+            problems += error.problems
+        if problems or mode is None or source is None:
             raise Invalid(problems)
         return cls(
             volume_id=request.volume_id,
             target=target,
             source=source,
-            writable=not (request.readonly or mode.reads_only),
+            writable=writable,
             access_mode=mode,
             pod=PodInfo.parse(context),
+            options=options,
         )
 
 
@@ -92,11 +106,31 @@ class UnpublishCall:
         return cls(request.volume_id, target)
 
 
+@dataclass(frozen=True, slots=True)
+class StatsCall:
+    """A valid NodeGetVolumeStats.  The staging path has no meaning here and is not kept."""
+
+    volume_id: str
+    path: Path
+    """Where the volume may be published; relative paths and others where none ever is are no error of the request."""
+
+    @classmethod
+    def parse(cls, request: NodeGetVolumeStatsRequest) -> StatsCall:
+        """Raises :class:`Invalid` with every problem."""
+        problems = _id_problems("volume_id", request.volume_id) + _id_problems("volume_path", request.volume_path)
+        if problems:
+            raise Invalid(problems)
+        return cls(request.volume_id, Path(request.volume_path))
+
+
+def _id_problems(field: str, value: str) -> list[Problem]:
+    if not value:
+        return [Problem(field, "is missing")]
+    return [Problem(field, f"{value!r} holds a NUL character")] if "\0" in value else []
+
+
 def _parse_ids(volume_id: str, target_path: str, problems: list[Problem]) -> Path:
-    if not volume_id:
-        problems.append(Problem("volume_id", "is missing"))
-    if "\0" in volume_id:
-        problems.append(Problem("volume_id", f"{volume_id!r} holds a NUL character"))
+    problems += _id_problems("volume_id", volume_id)
     target = Path(target_path)
     if not target_path:
         problems.append(Problem("target_path", "is missing"))

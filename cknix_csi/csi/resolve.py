@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Protocol
 
 from cknix_csi.api.attributes import EXPRESSION, FromExpression, FromSource, FromStorePath, VolumeSource
 from cknix_csi.api.errors import CknixError, Code, InProgress, NotFound
 from cknix_csi.api.expression import FAILED, SUCCEEDED, Observed
 from cknix_csi.api.storepath import StorePath
+
+log = logging.getLogger(__name__)
+
+_PATIENCE_SECONDS = 5.0
+"""An API server that takes longer does not answer, as far as a result is concerned that is known from before."""
 
 
 class Expressions(Protocol):
@@ -21,12 +27,30 @@ class Expressions(Protocol):
         """Wait until the object differs from *seen*.  Raises :class:`NotFound` when it has been deleted."""
 
 
-class Resolver:
-    """Resolves volume sources on a node of *system*; *expressions* is None where there is no Kubernetes."""
+class Results(Protocol):
+    """Last known results; satisfied by ``csi.remembered.RememberedResults``."""
 
-    def __init__(self, system: str, expressions: Expressions | None) -> None:
+    def get(self, expression: FromExpression) -> StorePath | None:
+        """The last result that was kept."""
+
+    def keep(self, expression: FromExpression, result: StorePath) -> None:
+        """*result* is what the API server says now."""
+
+    def forget(self, expression: FromExpression) -> None:
+        """The API server says that there is no such Expression."""
+
+
+class Resolver:
+    """Resolves volume sources on a node of *system*; *expressions* is None where there is no Kubernetes.
+
+    A result from *remembered* is taken only where no API server says anything: one that answers, be it that the
+    Expression does not exist, is always believed.
+    """
+
+    def __init__(self, system: str, expressions: Expressions | None, remembered: Results | None = None) -> None:
         self._system = system
         self._expressions = expressions
+        self._remembered = remembered
 
     async def resolve(self, source: VolumeSource, *, budget: float) -> StorePath:
         """The store path that *source* means now.
@@ -55,16 +79,43 @@ class Resolver:
         observed: Observed | None = None
         try:
             async with asyncio.timeout(max(budget, 0)):
-                observed = await self._expressions.get(source.namespace, source.name)
+                found = await self._look(self._expressions, source)
+                if isinstance(found, StorePath):
+                    return found
+                observed = found
                 while (path := settle(observed, self._system)) is None:
                     observed = await self._expressions.changed(observed)
         except TimeoutError:
             raise _not_yet(source, observed) from None
         except NotFound:
+            if self._remembered is not None:
+                self._remembered.forget(source)
             raise NotFound(
                 f'Expression "{source}" does not exist; create it or correct the volume attribute "{EXPRESSION}"'
             ) from None
+        if self._remembered is not None:
+            self._remembered.keep(source, path)
         return path
+
+    async def _look(self, expressions: Expressions, source: FromExpression) -> Observed | StorePath:
+        """What the API server says of *source*, or the remembered result when it says nothing."""
+        remembered = None if self._remembered is None else self._remembered.get(source)
+        if remembered is None:
+            return await expressions.get(source.namespace, source.name)
+        patience = asyncio.timeout(_PATIENCE_SECONDS)
+        try:
+            async with patience:
+                return await expressions.get(source.namespace, source.name)
+        except TimeoutError:
+            if not patience.expired():  # the budget is shorter
+                raise
+            why = f"the API server did not answer within {_PATIENCE_SECONDS:.0f}s"
+        except CknixError as error:
+            if error.code is not Code.UNAVAILABLE:
+                raise
+            why = error.message
+        log.warning("using the last known result of Expression %s, %s: %s", source, remembered, why)
+        return remembered
 
 
 def settle(observed: Observed, system: str) -> StorePath | None:

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from cknix_csi.nix.fetcher import StoreFetcher
 from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.substituters import CacheEndpoint
 from cknix_csi.run import orphans, signals, source
-from cknix_csi.run.child import EXIT_SIGNALLED, Child
+from cknix_csi.run.child import PATIENCE, Child, child
+from cknix_csi.run.keeper import EXIT_SIGNALLED
+from cknix_csi.run.mountpoint import mountpoint
 from cknix_csi.run.namespace import enter_private_mounts
 from cknix_csi.run.report import Reporter
 from cknix_csi.run.scratch import Scratch, scratch
@@ -39,10 +42,14 @@ class Options:
     """The command line; exactly one of *file*, *expr*, *flake* and *store_path* is given."""
 
     file: Path | None = None
+    """``-`` is standard input."""
+    name: str | None = None
+    """Of the Expression in *file*, where there are several."""
     expr: str | None = None
     flake: str | None = None
     store_path: str | None = None
     writable: bool = False
+    restricted: bool = False
     data_root: Path | None = None
     quiet: bool = False
     argv: tuple[str, ...] = ()
@@ -54,25 +61,32 @@ def run(options: Options, environment: Mapping[str, str]) -> int:
     Raises :class:`Invalid` for bad arguments or settings, and :class:`CknixError` when the volume cannot be had.
     """
     name, spec = _source(options)
-    settings = run_settings(environment, _data_root(options))
+    settings = run_settings(environment, _data_root(options), restricted=options.restricted)
     if os.geteuid() != 0:
         raise CknixError("mounting needs root: run it with sudo, or as root in a container with CAP_SYS_ADMIN")
     if not nix_commands.installed():
         raise CknixError("the Nix commands are not on PATH; on Debian: apt-get install --no-install-recommends nix-bin")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="cknix: %(levelname)s %(name)s: %(message)s")
-    # What the node service refuses is this program's own last line.
-    logging.getLogger("cknix_csi.csi.rpc").setLevel(logging.ERROR)
-    child = Child(options.argv, environment)
-    with signals.held(), explained(f"work in the data root {settings.data_root}"):
+    # What the node service refuses is this program's own last line; what else it cannot do is no matter here.
+    for quiet in ("cknix_csi.csi.rpc", "cknix_csi.volumes.abilities"):
+        logging.getLogger(quiet).setLevel(logging.ERROR)
+    with ExitStack() as stack:
+        stack.enter_context(signals.held())
+        with explained(f"make the directory {_NIX}, where the command finds the volume"):
+            stack.enter_context(mountpoint(_NIX))
+        stack.enter_context(explained(f"work in the data root {settings.data_root}"))
         settings.data_root.mkdir(parents=True, exist_ok=True)
         _prepare_process()
-        with scratch(nix_of(settings).store, settings.data_root) as own:
-            return asyncio.run(_Run(settings, own, options, child, name=name, spec=spec).run())
+        own = stack.enter_context(scratch(nix_of(settings).store, settings.data_root))
+        command = stack.enter_context(child(options.argv, environment, own))
+        return asyncio.run(_Run(settings, own, options, command, name=name, spec=spec).run())
 
 
 def _source(options: Options) -> tuple[str, Spec]:
     if options.file is not None:
-        return source.from_file(options.file)
+        return source.from_file(options.file, options.name)
+    if options.name is not None:
+        raise Invalid([Problem("--name", "chooses among the Expressions of a file; give --file")])
     if options.expr is not None:
         return "the expression", source.from_text("--expr", "expr", options.expr)
     if options.flake is not None:
@@ -92,8 +106,6 @@ def _data_root(options: Options) -> Path | None:
 
 
 def _prepare_process() -> None:
-    with explained(f"make the directory {_NIX}, where the command finds the volume"):
-        _NIX.mkdir(exist_ok=True)
     with explained("enter a mount namespace"):
         enter_private_mounts()
     with explained("become the parent of what the command leaves"):
@@ -117,6 +129,7 @@ class _Run:
         self._report = Reporter(quiet=options.quiet)
         self._nix = nix_of(settings, _PATIENCE)
         self._signalled: signal.Signals | None = None
+        self._doing = "starting"
 
     async def run(self) -> int:
         working = asyncio.current_task()
@@ -138,9 +151,12 @@ class _Run:
 
     def _on_signal(self, number: signal.Signals, working: asyncio.Task[object]) -> None:
         if self._child.started:
-            self._child.signal(number)
+            if self._child.signal(number):
+                self._report.warn(f"killed the command, which got SIGTERM {PATIENCE} times")
         elif self._signalled is None:  # a second one must not interrupt the clearing up
             self._signalled = number
+            how = "interrupted" if number is signal.SIGINT else f"ended by {number.name}"
+            self._report.warn(f"{how} while {self._doing}")
             working.cancel()
 
     async def _build(self) -> StorePath:
@@ -148,11 +164,13 @@ class _Run:
         system = self._settings.system
         if self._spec.systems and system not in self._spec.systems:
             raise Invalid([Problem("spec.systems", f"does not name this machine's system {system}")])
-        self._report.say(f"evaluating {self._name}")
+        self._doing = f"evaluating {self._name}"
+        self._report.say(self._doing)
         evaluation = await self._nix.evaluate(self._spec.data, system)
         evaluated = time.monotonic()
         roots = GcRoots(self._nix.store, f"{self._own.owner}/result")
         await asyncio.to_thread(roots.add, evaluation.result.basename, evaluation.result)
+        self._doing = f"building {evaluation.result}"
         await self._nix.build(evaluation, progress=self._report.progress)
         built = time.monotonic()
         self._report.say(
@@ -166,6 +184,7 @@ class _Run:
         from cknix_csi.csi.closures import ClosureService  # noqa: PLC0415
         from cknix_csi.csi.daemon import NodeDependencies, serving  # noqa: PLC0415
 
+        self._doing = f"mounting {path}"
         own = self._own
         # A directory of its own: whoever makes a socket locks the directory it is in.
         (own.directory / "csi").mkdir()
@@ -181,15 +200,14 @@ class _Run:
             budget=self._settings.fetch_timeout,
         )
         async with serving(node):
-            target = own.directory / "target"
             began = time.monotonic()
 
             def started() -> None:
                 self._report.say(f"known closure to running command: {(time.monotonic() - began) * 1000:.0f} ms")
 
             attributes = {STORE_PATH: str(path)}
-            async with published(endpoint, "run", target, attributes, writable=self._options.writable):
-                return await self._child.run(target, own.directory / "started", own.lock, started)
+            async with published(endpoint, "run", self._child.volume, attributes, writable=self._options.writable):
+                return await self._child.run(started)
 
 
 async def _no_caches() -> tuple[CacheEndpoint, ...]:

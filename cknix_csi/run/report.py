@@ -22,8 +22,11 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._quiet:
-            return
+        if not self._quiet:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """A line that stays, also when only errors are wanted."""
         self.clear()
         print(f"cknix: {text}", file=sys.stderr, flush=True)
 

@@ -38,6 +38,11 @@ def delivered() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def let_through() -> None:
+    """From now on they arrive, in this process and in what it becomes."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+
+
 def command_has_it(number: signal.Signals) -> bool:
     """True when *number* came from the terminal, which has sent it to the command as well."""
     if number not in _FROM_TERMINALS:

@@ -2,33 +2,73 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cknix_csi.api.errors import Invalid, Problem
 from cknix_csi.api.expression import KIND, Spec, parse_manifest
+from cknix_csi.api.suggest import nearest
+
+STANDARD_INPUT = Path("-")
 
 
-def from_file(file: Path) -> tuple[str, Spec]:
-    """Name and spec of the one Expression in a YAML *file*; other kinds of objects in it are passed over.
+def from_file(file: Path, name: str | None = None) -> tuple[str, Spec]:
+    """Name and spec of the one Expression in a YAML *file*, or of the one called *name* (or ``namespace/name``).
 
-    Raises :class:`Invalid`.
+    Several documents and lists (``kind: List``) are looked through; other kinds of objects are passed over.  Raises
+    :class:`Invalid`.
     """
     import yaml  # noqa: PLC0415 - only needed here
 
+    label = "standard input" if file == STANDARD_INPUT else str(file)
     try:
-        documents = list(yaml.safe_load_all(file.read_text("utf-8")))
+        content = sys.stdin.buffer.read() if file == STANDARD_INPUT else file.read_bytes()
+        documents = list(yaml.safe_load_all(content.decode("utf-8")))
     except OSError as error:
-        raise Invalid([Problem(str(file), f"cannot be read: {error.strerror}")]) from None
+        raise Invalid([Problem(label, f"cannot be read: {error.strerror}")]) from None
     except UnicodeDecodeError as error:
-        raise Invalid([Problem(str(file), f"cannot be read: byte {error.start + 1} is not UTF-8")]) from None
+        raise Invalid([Problem(label, f"cannot be read: byte {error.start + 1} is not UTF-8")]) from None
     except yaml.YAMLError as error:
-        raise Invalid([Problem(str(file), f"is not YAML: {_explained(error)}")]) from None
-    expressions = [document for document in documents if isinstance(document, dict) and document.get("kind") == KIND]
-    if len(expressions) != 1:
-        found = "none" if not expressions else f"{len(expressions)}: {', '.join(map(_name, expressions))}"
-        raise Invalid([Problem(str(file), f"must hold one object of kind {KIND}; found {found}")])
-    return _name(expressions[0]), parse_manifest(expressions[0])
+        raise Invalid([Problem(label, f"is not YAML: {_explained(error)}")]) from None
+    objects = list(_objects(documents))
+    chosen = _chosen([found for found in objects if found.get("kind") == KIND], name, label, objects)
+    return _name(chosen), parse_manifest(chosen)
+
+
+def _objects(documents: list[Any]) -> Iterator[dict[str, Any]]:
+    """Every object, also of lists as ``kubectl get --output yaml`` prints them."""
+    for document in documents:
+        if isinstance(document, dict):
+            items = document.get("items")
+            if str(document.get("kind")).endswith("List") and isinstance(items, list):
+                yield from _objects(items)
+            else:
+                yield document
+
+
+def _chosen(
+    expressions: list[dict[str, Any]], name: str | None, label: str, objects: list[dict[str, Any]]
+) -> dict[str, Any]:
+    names = ", ".join(map(_name, expressions))
+    if not expressions:
+        others = ", ".join(sorted({str(found.get("kind", "no kind")) for found in objects}))
+        found = f"none, but {others}" if others else "none"
+        raise Invalid([Problem(label, f"must hold an object of kind {KIND}; found {found}")])
+    if name is None:
+        if len(expressions) > 1:
+            raise Invalid([Problem(label, f"holds {len(expressions)} Expressions: {names}; choose one with --name")])
+        return expressions[0]
+    matching = [found for found in expressions if name in {_name(found), _qualified(found)}]
+    if len(matching) > 1:
+        all_of_them = ", ".join(map(_qualified, matching))
+        raise Invalid([Problem("--name", f"{name!r} is the name of {all_of_them} in {label}; name one of these")])
+    if not matching:
+        meant = nearest(name, map(_name, expressions))
+        hint = f"; did you mean {meant!r}?" if meant else ""
+        raise Invalid([Problem("--name", f"{name!r} is none of the Expressions in {label}: {names}{hint}")])
+    return matching[0]
 
 
 def from_text(option: str, kind: str, text: str) -> Spec:
@@ -42,6 +82,12 @@ def from_text(option: str, kind: str, text: str) -> Spec:
 def _name(document: dict[str, Any]) -> str:
     metadata = document.get("metadata")
     return str(metadata.get("name", "unnamed")) if isinstance(metadata, dict) else "unnamed"
+
+
+def _qualified(document: dict[str, Any]) -> str:
+    metadata = document.get("metadata")
+    namespace = metadata.get("namespace") if isinstance(metadata, dict) else None
+    return f"{namespace or 'default'}/{_name(document)}"
 
 
 def _explained(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,14 +51,14 @@ def installed(cluster: Cluster) -> Cluster:
 
 
 @pytest.fixture
-def applied(installed: Cluster) -> Iterator[Callable[[str], None]]:
-    """Applies manifests to the installed cluster, and deletes them when the test ends."""
+def applied(cluster: Cluster) -> Iterator[driver.Apply]:
+    """Applies manifests to the cluster, and deletes them when the test ends."""
     manifests: list[str] = []
 
     def apply(manifest: str) -> None:
         manifests.append(manifest)
-        installed.apply(manifest)
+        cluster.apply(manifest)
 
     yield apply
     for manifest in reversed(manifests):
-        installed.delete(manifest)
+        cluster.delete(manifest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ EXAMPLES = MANIFESTS / "test"
 SYSTEM = "cknix-system"
 IMAGE = "busybox:1.37"
 NODE_STORE = "local?root=/var/lib/cknix"
+
+Apply = Callable[[str], None]
+"""What the fixture `applied` gives a test."""
 
 
 def expression(name: str, text: str, *, kind: str = "expr") -> str:
@@ -44,6 +48,8 @@ def pod(
     *,
     node: str | None = None,
     read_only: bool = True,
+    host_users: bool = True,
+    privileged: bool = False,
 ) -> str:
     """A pod with an inline volume at /nix that runs *command* in a shell of its image."""
     pairs = "".join(f'\n        {key}: "{value}"' for key, value in attributes.items())
@@ -53,7 +59,7 @@ def pod(
       driver: csi.cknix.cool
       readOnly: {str(read_only).lower()}
       volumeAttributes:{pairs or " {}"}"""
-    return _pod(name, volume, command, node)
+    return _pod(name, volume, command, node, host_users=host_users, privileged=privileged)
 
 
 def claim_pod(name: str, claim: str, command: str = "sleep infinity", *, node: str | None = None) -> str:
@@ -64,20 +70,24 @@ def claim_pod(name: str, claim: str, command: str = "sleep infinity", *, node: s
     return _pod(name, volume, command, node)
 
 
-def _pod(name: str, volume: str, command: str, node: str | None) -> str:
+def _pod(
+    name: str, volume: str, command: str, node: str | None, *, host_users: bool = True, privileged: bool = False
+) -> str:
     placed = f"\n  nodeName: {node}" if node else ""
+    users = "" if host_users else "\n  hostUsers: false"
     return f"""\
 ---
 apiVersion: v1
 kind: Pod
 metadata: {{name: {name}}}
-spec:{placed}
+spec:{placed}{users}
   restartPolicy: Never
   terminationGracePeriodSeconds: 0
   containers:
   - name: main
     image: {IMAGE}
     command: [sh, -c, '{command}']
+    securityContext: {{privileged: {str(privileged).lower()}}}
     volumeMounts: [{{name: nix, mountPath: /nix}}]
   volumes:
 {volume}
@@ -174,10 +184,10 @@ class Left:
 
 
 def left_on(node: Node) -> Left:
-    """Mounts of ours, the directories of views, volumes and trash, and GC roots of both roles, on *node* now."""
+    """Mounts of ours, the directories of views, farms, volumes and trash, and GC roots of both roles, on *node* now."""
     mounts = tuple(line.split(" ")[4] for line in node.mountinfo().splitlines() if " cknix:" in line)
     data = node.path("/var/lib/cknix")
-    directories = [path for name in ("views", "volumes", "trash") for path in _below(data / name)]
+    directories = [path for name in ("views", "farms", "volumes", "trash") for path in _below(data / name)]
     roots = [
         path
         for store in (data, data / "controller")

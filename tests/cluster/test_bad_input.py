@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from tests.cluster import driver
 from tests.cluster.harness import Cluster, CommandFailed
-
-Apply = Callable[[str], None]
 
 ATTRIBUTES = {
     "a misspelt attribute": (
@@ -48,7 +44,7 @@ EXPRESSIONS = {
 
 
 @pytest.mark.parametrize("case", ATTRIBUTES)
-def test_the_pod_says_what_is_wrong_with_its_volume(installed: Cluster, applied: Apply, case: str) -> None:
+def test_the_pod_says_what_is_wrong_with_its_volume(installed: Cluster, applied: driver.Apply, case: str) -> None:
     attributes, message = ATTRIBUTES[case]
     applied(driver.pod("mistaken", attributes, node="node-0"))
     installed.wait(f"the Events name {case}", lambda: message in driver.events(installed, "mistaken"), timeout=60)
@@ -56,7 +52,7 @@ def test_the_pod_says_what_is_wrong_with_its_volume(installed: Cluster, applied:
 
 
 @pytest.mark.parametrize("case", EXPRESSIONS)
-def test_the_expression_says_what_is_wrong_with_it(installed: Cluster, applied: Apply, case: str) -> None:
+def test_the_expression_says_what_is_wrong_with_it(installed: Cluster, applied: driver.Apply, case: str) -> None:
     text, message = EXPRESSIONS[case]
     applied(driver.expression("mistaken", text))
     installed.wait("it fails", lambda: driver.phase(installed, "mistaken") == "Failed", timeout=60)
@@ -70,7 +66,7 @@ def test_an_expression_with_two_sources_is_refused_at_once(installed: Cluster) -
         installed.apply(manifest)
 
 
-def test_a_build_that_never_ends_is_stopped_and_says_so(installed: Cluster, applied: Apply) -> None:
+def test_a_build_that_never_ends_is_stopped_and_says_so(installed: Cluster, applied: driver.Apply) -> None:
     cluster = installed
     deployment = ("-n", driver.SYSTEM, "deployment/cknix-controller")
     cluster.kubectl("set", "env", *deployment, "CKNIX_BUILD_TIMEOUT=5s")
@@ -86,7 +82,7 @@ def test_a_build_that_never_ends_is_stopped_and_says_so(installed: Cluster, appl
         driver.rolled_out(cluster)
 
 
-def test_a_cache_that_is_down_is_named_and_recovery_needs_nobody(installed: Cluster, applied: Apply) -> None:
+def test_a_cache_that_is_down_is_named_and_recovery_needs_nobody(installed: Cluster, applied: driver.Apply) -> None:
     cluster = installed
     applied(driver.expression("unreachable", driver.demo('greet "from a cache that was down"')))
     driver.built(cluster, "unreachable")

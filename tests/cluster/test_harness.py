@@ -9,11 +9,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.cluster import driver
 from tests.cluster.harness import Cluster, CommandFailed, WaitTimeout, cgroups
 from tests.cluster.harness.command import run
 from tests.cluster.harness.scratch import reap, scratch_base
@@ -49,23 +51,6 @@ def service(name: str, port: int) -> str:
         """)
 
 
-Applied = Callable[[str], None]
-
-
-@pytest.fixture
-def applied(cluster: Cluster) -> Iterator[Applied]:
-    """Applies manifests, and deletes them when the test ends."""
-    manifests: list[str] = []
-
-    def apply(manifest: str) -> None:
-        manifests.append(manifest)
-        cluster.apply(manifest)
-
-    yield apply
-    for manifest in reversed(manifests):
-        cluster.delete(manifest)
-
-
 def printed_by(cluster: Cluster, name: str) -> str:
     """What a pod printed, once it has ended well."""
     cluster.wait(f"pod {name} succeeds", lambda: cluster.phase(name) == "Succeeded", timeout=60)
@@ -81,14 +66,16 @@ def test_two_nodes_are_ready_and_know_themselves_by_different_addresses(cluster:
     assert addresses == {node.address for node in cluster.nodes}
 
 
-def test_a_pod_on_each_node_runs_and_prints(cluster: Cluster, applied: Applied) -> None:
+def test_a_pod_on_each_node_runs_and_prints(cluster: Cluster, applied: driver.Apply) -> None:
     for node in cluster.nodes:
         applied(pod(f"hello-{node.index}", node.name, "echo hello from $(cat /proc/sys/kernel/hostname)"))
     for node in cluster.nodes:
         assert printed_by(cluster, f"hello-{node.index}") == f"hello from hello-{node.index}\n"
 
 
-def test_a_pod_reaches_a_pod_of_the_other_node_through_a_service_by_name(cluster: Cluster, applied: Applied) -> None:
+def test_a_pod_reaches_a_pod_of_the_other_node_through_a_service_by_name(
+    cluster: Cluster, applied: driver.Apply
+) -> None:
     applied(service("greeter", 8080))
     applied(pod("greeter", "node-1", "while true; do echo welcome | nc -l -p 8080; done"))
     call = "until nc -w 2 {} 80 </dev/null 2>/dev/null | grep welcome; do sleep 0.2; done"
@@ -98,14 +85,14 @@ def test_a_pod_reaches_a_pod_of_the_other_node_through_a_service_by_name(cluster
     assert printed_by(cluster, "far") == "welcome\n"
 
 
-def test_a_name_of_the_outside_world_fails_at_once(cluster: Cluster, applied: Applied) -> None:
+def test_a_name_of_the_outside_world_fails_at_once(cluster: Cluster, applied: driver.Apply) -> None:
     applied(pod("outside", "node-1", "nc -w 20 www.example.com 80; echo status $?"))
     started = time.monotonic()
     assert "status 1" in printed_by(cluster, "outside")
     assert time.monotonic() - started < 10
 
 
-def test_our_image_runs_our_program_and_nix(cluster: Cluster, applied: Applied) -> None:
+def test_our_image_runs_our_program_and_nix(cluster: Cluster, applied: driver.Apply) -> None:
     applied(pod("ours", "node-1", "cknix-csi --version && nix --version && git --version", image=recipe.REFERENCE))
     assert re.fullmatch(r"cknix-csi \S+\nnix \(Nix\) \S+\ngit version \S+\n", printed_by(cluster, "ours"))
 
@@ -125,14 +112,16 @@ for path in ("/api", "/api/v1/nodes"):
 """
 
 
-def test_a_pod_talks_to_the_api_server_and_may_only_do_what_its_roles_say(cluster: Cluster, applied: Applied) -> None:
+def test_a_pod_talks_to_the_api_server_and_may_only_do_what_its_roles_say(
+    cluster: Cluster, applied: driver.Apply
+) -> None:
     applied(pod("client", "node-1", "sleep 1000", image=recipe.REFERENCE))
     cluster.wait("the client runs", lambda: cluster.phase("client") == "Running")
     said = cluster.kubectl("exec", "client", "-i", "--", "python3", "-", stdin=API_FROM_A_POD)
     assert said == "/api 200\n/api/v1/nodes 403\n"
 
 
-def test_a_pod_can_have_a_user_namespace(cluster: Cluster, applied: Applied) -> None:
+def test_a_pod_can_have_a_user_namespace(cluster: Cluster, applied: driver.Apply) -> None:
     applied(pod("shifted", "node-0", "cat /proc/self/uid_map", spec="hostUsers: false"))
     inside, outside, _ = printed_by(cluster, "shifted").split()
     assert inside == "0"
@@ -148,7 +137,7 @@ def test_a_kubelet_may_only_change_its_own_node_and_not_all_of_that(cluster: Clu
         cluster.kubectl("--kubeconfig", kubelets, "label", "node", "node-0", "node-restriction.kubernetes.io/own=no")
 
 
-def test_pods_survive_a_restart_of_kubelet(cluster: Cluster, applied: Applied) -> None:
+def test_pods_survive_a_restart_of_kubelet(cluster: Cluster, applied: driver.Apply) -> None:
     applied(pod("resident", "node-1", "sleep 1000"))
     cluster.wait("the pod runs", lambda: cluster.phase("resident") == "Running")
     node = cluster.node(1)
@@ -168,7 +157,7 @@ def test_what_a_node_keeps_under_var_lib_is_its_own(cluster: Cluster) -> None:
         node.exec(["rm", "-r", "/var/lib/whose"])
 
 
-def test_a_wait_in_vain_tells_what_there_is_to_see(cluster: Cluster, applied: Applied) -> None:
+def test_a_wait_in_vain_tells_what_there_is_to_see(cluster: Cluster, applied: driver.Apply) -> None:
     applied(pod("lost", "node-0", "true", image="docker.io/library/nowhere:1"))
     cluster.wait("the pod is known", lambda: cluster.phase("lost") == "Pending")
     with pytest.raises(WaitTimeout) as failure:
@@ -187,12 +176,13 @@ def test_a_wait_in_vain_tells_what_there_is_to_see(cluster: Cluster, applied: Ap
 def test_a_second_cluster_lives_beside_the_first_and_leaves_nothing(cluster: Cluster) -> None:
     links = run(["ip", "-oneline", "link"])
     mounts = Path("/proc/self/mountinfo").read_text()
-    with Cluster(nodes=2, images=[build_pause_image(), build_busybox_image()]) as second:
-        second.apply(pod("leftover", "node-1", "sleep 1000"))
-        second.wait("the pod runs", lambda: second.phase("leftover") == "Running")
-        namespaces = {namespace for node in second.nodes for namespace in namespaces_of(node.pid)}
-        assert second.name != cluster.name
-    assert processes_in(namespaces) == []
+    with ExitStack() as held:
+        with Cluster(nodes=2, images=[build_pause_image(), build_busybox_image()]) as second:
+            second.apply(pod("leftover", "node-1", "sleep 1000"))
+            second.wait("the pod runs", lambda: second.phase("leftover") == "Running")
+            namespaces = held.enter_context(namespaces_of(node.pid for node in second.nodes))
+            assert second.name != cluster.name
+        assert processes_in(namespaces) == []
     assert_gone(second.name)
     assert run(["ip", "-oneline", "link"]) == links
     assert Path("/proc/self/mountinfo").read_text() == mounts
@@ -210,15 +200,16 @@ input()
 
 def test_a_killed_run_takes_its_processes_with_it_and_the_next_removes_its_files(cluster_machine: None) -> None:
     argv = [sys.executable, "-c", RUN_TO_BE_KILLED]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=PROJECT) as victim:
-        assert victim.stdout is not None
-        name, pid = victim.stdout.readline().split()
-        namespaces = namespaces_of(int(pid))
-        os.kill(victim.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while processes_in(namespaces) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert processes_in(namespaces) == []
+    with ExitStack() as held:
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=PROJECT) as victim:
+            assert victim.stdout is not None
+            name, pid = victim.stdout.readline().split()
+            namespaces = held.enter_context(namespaces_of([int(pid)]))
+            os.kill(victim.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while processes_in(namespaces) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert processes_in(namespaces) == []
     reap(scratch_base())
     assert_gone(name)
 
@@ -231,17 +222,20 @@ def assert_gone(name: str) -> None:
     assert mentioning == []
 
 
-def namespaces_of(pid: int) -> set[str]:
-    """The namespaces of a node, as the kernel numbers them."""
-    return {os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("mnt", "net", "pid")}
+@contextmanager
+def namespaces_of(pids: Iterable[int]) -> Iterator[set[int]]:
+    """The numbers of nodes' namespaces, which the kernel gives to no others inside this block."""
+    with ExitStack() as held:
+        files = [held.enter_context(open(f"/proc/{pid}/ns/{kind}")) for pid in pids for kind in ("mnt", "pid")]
+        yield {os.fstat(file.fileno()).st_ino for file in files}
 
 
-def processes_in(namespaces: set[str]) -> list[str]:
+def processes_in(namespaces: set[int]) -> list[str]:
     """Processes that are in any of *namespaces*."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            inside = {os.readlink(process / "ns" / kind) for kind in ("mnt", "net", "pid")}
+            inside = {os.stat(process / "ns" / kind).st_ino for kind in ("mnt", "pid")}
         except OSError:
             continue  # it has just ended
         if inside & namespaces:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from tests.cluster import driver
 from tests.cluster.harness import Cluster
-
-Apply = Callable[[str], None]
 
 PROBE = """\
 with import <cknix-demo> {};
@@ -30,7 +26,9 @@ derivation {
 """
 
 
-def test_a_build_is_not_root_and_changes_neither_its_inputs_nor_the_kernel(installed: Cluster, applied: Apply) -> None:
+def test_a_build_is_not_root_and_changes_neither_its_inputs_nor_the_kernel(
+    installed: Cluster, applied: driver.Apply
+) -> None:
     applied(driver.expression("probe", PROBE))
     driver.built(installed, "probe")
     applied(driver.pod("probe", {"expression": "probe"}, "cat /nix/var/result"))
@@ -41,7 +39,9 @@ def test_a_build_is_not_root_and_changes_neither_its_inputs_nor_the_kernel(insta
 
 
 @pytest.mark.parametrize("directory", ["/etc", "/var/lib/cknix/controller/nix/var/nix/db", "/proc/self/root/etc"])
-def test_a_flake_reference_reads_no_file_of_the_controller(installed: Cluster, applied: Apply, directory: str) -> None:
+def test_a_flake_reference_reads_no_file_of_the_controller(
+    installed: Cluster, applied: driver.Apply, directory: str
+) -> None:
     applied(driver.expression("spy", f"path:{directory}", kind="flakeRef"))
     installed.wait("it fails", lambda: driver.phase(installed, "spy") == "Failed", timeout=60)
     assert f"'path:{directory}' is refused" in installed.kubectl("describe", "expr", "spy")

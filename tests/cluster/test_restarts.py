@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from tests.cluster import driver
 from tests.cluster.harness import Cluster
-
-Apply = Callable[[str], None]
 
 
 def mount_ids(cluster: Cluster, pods: list[str]) -> dict[str, tuple[str, str]]:
@@ -23,7 +19,7 @@ def mount_ids(cluster: Cluster, pods: list[str]) -> dict[str, tuple[str, str]]:
     return ids
 
 
-def test_a_rollout_of_both_workloads_disturbs_no_pod(installed: Cluster, applied: Apply) -> None:
+def test_a_rollout_of_both_workloads_disturbs_no_pod(installed: Cluster, applied: driver.Apply) -> None:
     cluster = installed
     applied(driver.expression("steady", driver.demo("hello")))
     path = driver.built(cluster, "steady")
@@ -66,7 +62,7 @@ def test_after_the_restart_everything_can_be_taken_away(installed: Cluster) -> N
 
 
 def test_a_controller_that_moves_to_another_node_leaves_nothing_on_the_old_one(
-    installed: Cluster, applied: Apply
+    installed: Cluster, applied: driver.Apply
 ) -> None:
     cluster = installed
     applied(driver.expression("nomad", driver.demo('greet "from a nomad"')))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from tests.cluster import driver
 from tests.cluster.harness import Cluster
 
-Apply = Callable[[str], None]
 
-
-def test_an_update_reaches_new_pods_and_leaves_old_ones_alone(installed: Cluster, applied: Apply) -> None:
+def test_an_update_reaches_new_pods_and_leaves_old_ones_alone(installed: Cluster, applied: driver.Apply) -> None:
     cluster = installed
     applied(driver.expression("changing", driver.demo('greet "first"')))
     first = driver.built(cluster, "changing")
@@ -31,7 +28,7 @@ def test_an_update_reaches_new_pods_and_leaves_old_ones_alone(installed: Cluster
     assert "second" in driver.in_pod(cluster, "new", "/nix/var/result/bin/hello")
 
 
-def test_a_failed_rebuild_keeps_the_last_good_result(installed: Cluster, applied: Apply) -> None:
+def test_a_failed_rebuild_keeps_the_last_good_result(installed: Cluster, applied: driver.Apply) -> None:
     cluster = installed
     applied(driver.expression("fragile", driver.demo("hello")))
     good = driver.built(cluster, "fragile")
@@ -47,7 +44,7 @@ def test_a_failed_rebuild_keeps_the_last_good_result(installed: Cluster, applied
     assert driver.printed(cluster, "still").startswith(f"Hello from {good}")
 
 
-def test_a_pod_of_a_broken_expression_hears_nixs_own_words(installed: Cluster, applied: Apply) -> None:
+def test_a_pod_of_a_broken_expression_hears_nixs_own_words(installed: Cluster, applied: driver.Apply) -> None:
     cluster = installed
     applied(driver.expression("typo", "(import <cknix-demo> {}).helo"))
     cluster.wait("it fails", lambda: driver.phase(cluster, "typo") == "Failed", timeout=60)
@@ -67,7 +64,9 @@ def test_a_pod_of_a_broken_expression_hears_nixs_own_words(installed: Cluster, a
     driver.running(cluster, "waits-in-vain", timeout=120)
 
 
-def test_a_pod_that_was_there_first_starts_within_3_s_of_the_builds_end(installed: Cluster, applied: Apply) -> None:
+def test_a_pod_that_was_there_first_starts_within_3_s_of_the_builds_end(
+    installed: Cluster, applied: driver.Apply
+) -> None:
     cluster = installed
     applied(driver.expression("late", driver.demo('slow { seconds = 8; tag = "late"; }')))
     applied(driver.pod("early", {"expression": "late"}, node="node-1"))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from grpclib.client import Channel
 
+from cknix_csi.api.limits import SizePolicy
 from cknix_csi.csi.closures import ClosureService
 from cknix_csi.csi.daemon import NodeDependencies, run_node
 from cknix_csi.nix.cache.signing import generate_key
@@ -23,7 +24,7 @@ from tests.api import rbac
 from tests.api.server import Server
 from tests.nix.cache_process import cache_process
 from tests.nixes import remove
-from tests.node.fakes import HELLO, SYSTEM, FakeExpressions, FakeFetcher, FakeVolumes
+from tests.node.fakes import HELLO, SYSTEM, FakeEvents, FakeExpressions, FakeFetcher, FakePods, FakeVolumes
 from tests.node.hatchery import Hatchery
 from tests.node.whole import Cluster, Source, WholeNode
 
@@ -41,8 +42,11 @@ class NodeUnderTest:
         self.volumes = FakeVolumes()
         self.fetcher = FakeFetcher(HELLO)
         self.expressions = FakeExpressions()
+        self.pods = FakePods()
+        self.events = FakeEvents()
         self.stop = asyncio.Event()
         self.budget = 30.0
+        self.sizes = SizePolicy()
         self.grace = LIMIT
         self.target = directory / "pods/1/mount"
         self.daemon: asyncio.Task[None] | None = None
@@ -67,6 +71,9 @@ class NodeUnderTest:
             closures=ClosureService(self.fetcher),
             expressions=self.expressions,
             budget=self.budget,
+            sizes=self.sizes,
+            pods=self.pods,
+            events=self.events,
             grace=self.grace,
         )
         daemon = asyncio.create_task(run_node(dependencies, self.stop))
@@ -173,6 +180,7 @@ async def cluster(surroundings: Cluster) -> AsyncIterator[Cluster]:
     await surroundings.use_cache()
     yield surroundings
     surroundings.reopen()
+    surroundings.evict()
 
 
 @pytest.fixture(scope="session")

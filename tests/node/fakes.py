@@ -7,11 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cknix_csi.api.errors import CknixError, NotFound
+from cknix_csi.api.attributes import PodInfo
+from cknix_csi.api.errors import CknixError, Code, NotFound
 from cknix_csi.api.expression import PENDING, Observed
+from cknix_csi.api.presentation import Presentation
 from cknix_csi.api.progress import Progress
 from cknix_csi.api.storepath import StorePath
-from cknix_csi.volumes.volumes import Publication, PublishRequest
+from cknix_csi.volumes.choose import PresentationUnavailable, Wish
+from cknix_csi.volumes.copies import CopyCost
+from cknix_csi.volumes.farm import FarmReport
+from cknix_csi.volumes.usage import Amount, Measured
+from cknix_csi.volumes.volumes import Made, Publication, PublishRequest
 
 SYSTEM = "x86_64-linux"
 HELLO = StorePath.parse("/nix/store/" + "1" * 32 + "-hello-2.12")
@@ -19,31 +25,50 @@ OTHER = StorePath.parse("/nix/store/" + "2" * 32 + "-other-1.0")
 
 
 class FakeVolumes:
-    """Mounts in a dictionary.  ``open`` gates publish; ``failure`` is raised by it once."""
+    """Mounts in a dictionary.  ``open`` gates publish; each of ``failures`` is raised by it once, in their order."""
 
     def __init__(self) -> None:
         self.mounted: dict[Path, Publication] = {}
         self.calls: list[str] = []
+        self.requests: list[PublishRequest] = []
         self.open = asyncio.Event()
         self.open.set()
         self.entered = asyncio.Event()
-        self.failure: BaseException | None = None
+        self.failures: list[BaseException] = []
         self.reconciling = asyncio.Event()
         self.reconciling.set()
+        self.measured = Measured(Amount(total=300, used=200, available=100), None)
 
-    async def publish(self, request: PublishRequest) -> None:
+    @property
+    def failure(self) -> BaseException | None:
+        """The next publish raises it, and no other."""
+        return self.failures[0] if self.failures else None
+
+    @failure.setter
+    def failure(self, failure: BaseException) -> None:
+        self.failures = [failure]
+
+    async def require(self, wanted: Wish) -> None:
+        if wanted.writable and not wanted.host_users and wanted.asked is not Presentation.COPY:
+            raise PresentationUnavailable("not this way", code=Code.INVALID_ARGUMENT)
+
+    async def publish(self, request: PublishRequest) -> Made | None:
         self.calls.append(f"publish {request.volume_id}")
+        self.requests.append(request)
         self.entered.set()
         try:
             await self.open.wait()
-            if self.failure is not None:
-                failure, self.failure = self.failure, None
-                raise failure
+            if self.failures:
+                raise self.failures.pop(0)
         except BaseException:
             await asyncio.sleep(0)  # undoing takes time, and is awaited
             self.calls.append(f"undone {request.volume_id}")
             raise
-        self.mounted[request.target] = Publication(request.root.basename, request.writable)
+        limit = request.limit.whole() if request.limit else None
+        made = request.presentation or Presentation.REDIRECT
+        self.mounted[request.target] = Publication(request.root.basename, request.writable, limit, made)
+        cost = CopyCost(FarmReport(copied=12, bytes_copied=3456), 0.25)
+        return Made(made, "a reason", cost if made is Presentation.COPY else None)
 
     async def unpublish(self, volume_id: str, target: Path) -> None:
         self.calls.append(f"unpublish {volume_id}")
@@ -51,6 +76,14 @@ class FakeVolumes:
 
     def published(self, target: Path) -> Publication | None:
         return self.mounted.get(target)
+
+    def publications(self) -> dict[str, Publication]:
+        return {str(target): publication for target, publication in self.mounted.items()}
+
+    async def measure(self, volume_id: str, target: Path) -> Measured:
+        if target not in self.mounted:
+            raise NotFound(f"{volume_id} at {target}")
+        return self.measured
 
     async def reconcile(self) -> object:
         self.calls.append("reconcile")
@@ -147,6 +180,34 @@ class FakeExpressions:
         """Wait until somebody waits for a change."""
         async with self._condition:
             await self._condition.wait_for(lambda: self.waiters > 0)
+
+
+class FakePods:
+    """Pods by name: whether they use the host's users, or what asking for them raises.  ``silent`` never answers."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, bool | CknixError] = {}
+        self.asked: list[PodInfo] = []
+        self.silent = False
+
+    async def host_users(self, pod: PodInfo) -> bool:
+        self.asked.append(pod)
+        if self.silent:
+            await asyncio.Event().wait()
+        answer = self.known.get(pod.name, NotFound(pod.name))
+        if isinstance(answer, CknixError):
+            raise answer
+        return answer
+
+
+class FakeEvents:
+    """Events in a list: the pod's name, reason and message."""
+
+    def __init__(self) -> None:
+        self.posted: list[tuple[str, str, str]] = []
+
+    def post(self, pod: PodInfo, reason: str, message: str) -> None:
+        self.posted.append((pod.name, reason, message))
 
 
 def expression(

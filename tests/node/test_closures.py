@@ -1,11 +1,13 @@
 """Closures are fetched once, whoever asks, and a fetch outlives who asked."""
 
 import asyncio
+import errno
 
 import pytest
 
-from cknix_csi.api.errors import CacheUnavailable, CknixError, Code, InProgress
-from cknix_csi.csi.closures import ClosureService
+from cknix_csi.api.errors import CacheUnavailable, CknixError, Code, InProgress, OutOfSpace
+from cknix_csi.api.storepath import StorePath
+from cknix_csi.csi.closures import AT_ONCE, ClosureService
 from tests.node.fakes import HELLO, OTHER, FakeFetcher
 
 
@@ -37,6 +39,35 @@ async def test_different_paths_are_fetched_side_by_side() -> None:
             while set(fetcher.fetched) != {HELLO, OTHER}:
                 await asyncio.sleep(0)
         fetcher.open.set()
+
+
+async def test_more_than_a_few_fetches_take_turns_in_their_order() -> None:
+    fetcher = FakeFetcher()
+    fetcher.open.clear()
+    closures = ClosureService(fetcher)
+    paths = [StorePath.parse(f"/nix/store/{'1' * 32}-p{number}") for number in range(3 * AT_ONCE)]
+    waiters = [asyncio.create_task(closures.ensure(path, budget=10)) for path in paths]
+    async with asyncio.timeout(10):
+        while len(fetcher.fetched) < AT_ONCE:
+            await asyncio.sleep(0)
+    with pytest.raises(InProgress, match=f"waiting for one of {AT_ONCE} other fetches to end"):
+        await closures.ensure(paths[-1], budget=0.05)
+    assert fetcher.fetched == paths[:AT_ONCE]
+    fetcher.open.set()
+    await asyncio.gather(*waiters)
+    assert fetcher.fetched == paths
+
+
+async def test_what_is_there_needs_no_turn() -> None:
+    fetcher = FakeFetcher(HELLO)
+    fetcher.open.clear()
+    closures = ClosureService(fetcher)
+    paths = [StorePath.parse(f"/nix/store/{'1' * 32}-p{number}") for number in range(2 * AT_ONCE)]
+    waiters = [asyncio.create_task(closures.ensure(path, budget=10)) for path in paths]
+    await fetcher.started.wait()
+    await closures.ensure(HELLO, budget=1)
+    fetcher.open.set()
+    await asyncio.gather(*waiters)
 
 
 async def test_the_path_is_rooted_while_it_is_fetched_and_no_longer() -> None:
@@ -110,3 +141,58 @@ async def test_what_a_dead_process_held_is_let_go_at_start() -> None:
     fetcher.held = {HELLO}
     await ClosureService(fetcher).start()
     assert fetcher.held == set()
+
+
+async def test_a_valid_path_that_is_damaged_is_fetched_all_the_same_and_once_for_all() -> None:
+    fetcher = FakeFetcher(HELLO)
+    fetcher.open.clear()
+    closures = ClosureService(fetcher)
+    waiters = [asyncio.create_task(closures.restore(HELLO, budget=10)) for _ in range(10)]
+    await fetcher.started.wait()
+    fetcher.open.set()
+    await asyncio.gather(*waiters)
+    assert fetcher.fetched == [HELLO]
+    await closures.ensure(HELLO, budget=10)
+    assert fetcher.fetched == [HELLO]
+
+
+async def test_damage_found_while_a_fetch_is_under_way_needs_another_one() -> None:
+    fetcher = FakeFetcher()
+    fetcher.open.clear()
+    closures = ClosureService(fetcher)
+    first = asyncio.create_task(closures.ensure(HELLO, budget=10))
+    await fetcher.started.wait()
+    restoring = asyncio.create_task(closures.restore(HELLO, budget=10))
+    await asyncio.sleep(0)
+    fetcher.open.set()
+    await asyncio.gather(first, restoring)
+    assert fetcher.fetched == [HELLO, HELLO]
+
+
+async def test_a_restore_that_fails_is_not_tried_again_by_who_does_not_ask_for_it() -> None:
+    fetcher = FakeFetcher(HELLO)
+    fetcher.failure = CacheUnavailable("no cache answers")
+    closures = ClosureService(fetcher)
+    with pytest.raises(CacheUnavailable):
+        await closures.restore(HELLO, budget=10)
+    await closures.ensure(HELLO, budget=10)
+    assert fetcher.fetched == [HELLO]
+
+
+async def test_a_root_that_cannot_be_made_is_told_with_the_remedy() -> None:
+    class Full(FakeFetcher):
+        async def hold(self, path: StorePath) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutOfSpace, match="free space or inodes") as raised:
+        await ClosureService(Full()).ensure(HELLO, budget=10)
+    assert str(HELLO) in raised.value.message
+
+
+async def test_a_root_that_cannot_be_removed_does_not_undo_the_fetch(caplog: pytest.LogCaptureFixture) -> None:
+    class Stuck(FakeFetcher):
+        async def release(self, path: StorePath) -> None:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+    await ClosureService(Stuck()).ensure(HELLO, budget=10)
+    assert "Read-only file system" in caplog.text

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests import nixes
 from tests.nixes import host_busybox
@@ -62,6 +63,44 @@ def test_a_file_may_hold_other_objects_beside_the_expression(runs: Runs) -> None
     file.write_text(f"---\n{pod}---\n{HELLO.read_text()}---\n")
     ran = runs("hello", options=("-f", str(file)))
     assert ran.code == 0, ran.err
+
+
+def test_evaluation_sees_the_machine_unless_it_is_restricted_as_the_controllers_is(with_each_nix: Runs) -> None:
+    runs = with_each_nix
+    secret = runs.env.directory / "secret"
+    secret.write_text("greeting")
+    expression = f"with import <cknix-demo> {{}}; greet (builtins.readFile {secret})"
+    assert runs("hello", options=("--expr", expression)).code == 0
+    refused = runs("hello", options=("--expr", expression, "--restricted"))
+    assert refused.code == 1
+    assert "forbidden in restricted mode" in refused.err
+    assert runs("hello", options=("-f", str(HELLO), "--restricted")).code == 0
+    assert runs.traces() == {}
+
+
+def test_an_expression_comes_from_standard_input(runs: Runs) -> None:
+    ran = runs("hello", options=("-f", "-"), stdin=HELLO.read_text())
+    assert ran.code == 0, ran.err
+    assert GREETING in ran.out
+
+
+@pytest.mark.parametrize("name", ["second", "default/second"])
+def test_one_of_several_expressions_is_chosen_by_its_name(runs: Runs, name: str) -> None:
+    """Of a list, as ``kubectl get expr --output yaml`` prints it, with status."""
+    items = [
+        {
+            "apiVersion": "cknix.cool/v1",
+            "kind": "Expression",
+            "metadata": {"name": each, "namespace": "default", "uid": "u", "generation": 1},
+            "spec": {"data": {"expr": f'with import <cknix-demo> {{}}; greet "{each}"'}},
+            "status": {"phase": "Succeeded"},
+        }
+        for each in ("first", "second")
+    ]
+    listed = yaml.safe_dump({"apiVersion": "v1", "kind": "List", "items": items, "metadata": {}})
+    ran = runs("hello", options=("-f", "-", "--name", name), stdin=listed)
+    assert ran.code == 0, ran.err
+    assert "second" in ran.out
 
 
 @pytest.mark.parametrize(
@@ -213,7 +252,7 @@ def test_a_machine_that_shares_its_mounts_sees_none_of_ours(runs: Runs) -> None:
     assert GREETING in ran.out
 
 
-def test_a_host_without_a_nix_directory_gets_an_empty_one(runs: Runs) -> None:
+def test_a_host_without_a_nix_directory_has_none_afterwards(runs: Runs) -> None:
     layers = runs.env.directory / "host"
     for name in ("upper", "work", "root"):
         (layers / name).mkdir(parents=True)
@@ -234,7 +273,7 @@ def test_a_host_without_a_nix_directory_gets_an_empty_one(runs: Runs) -> None:
     ran = runs("hello", before=("unshare", "--mount", *script(*lines), "sh"))
     assert ran.code == 0, ran.err
     assert GREETING in ran.out
-    assert list((layers / "upper/nix").iterdir()) == []
+    assert not (layers / "upper/nix").is_dir()
 
 
 def test_the_second_run_takes_at_most_two_seconds_of_our_own_time(runs: Runs) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pty
+import re
+import select
 import signal
 import subprocess
 import sys
@@ -62,7 +64,10 @@ def test_a_signal_during_the_evaluation_ends_it(runs: Runs, number: signal.Signa
     run = runs.start("true", options=("--expr", f"builtins.readFile {fifo}"))
     wait_until(lambda: _has_reader(fifo), "Nix evaluates")
     run.send_signal(number)
-    assert _ended(run) == 128 + number
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 128 + number
+    how = "interrupted" if number is signal.SIGINT else f"ended by {number.name}"
+    assert errors.splitlines() == ["cknix: evaluating the expression", f"cknix: {how} while evaluating the expression"]
     assert runs.traces() == {}
 
 
@@ -74,7 +79,12 @@ def test_a_signal_during_the_build_ends_it(with_each_nix: Runs, number: signal.S
     run.send_signal(number)
     # An impatient person's second one: the clearing up goes on.
     run.send_signal(number)
-    assert _ended(run) == 128 + number
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 128 + number
+    assert re.search(
+        rf"^cknix: (interrupted|ended by SIG[A-Z]+) while building /nix/store/\S+-slow-{tag}$", errors, re.M
+    )
+    assert errors.count(" while ") == 1
     assert runs.traces() == {}
     assert _builders(tag) == []
     assert runs("hello").code == 0
@@ -213,31 +223,196 @@ def test_what_the_command_leaves_running_is_ended_with_it(runs: Runs) -> None:
     assert runs.traces() == {}
 
 
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _keeper(run: subprocess.Popen[str]) -> int:
+    """The process between a run and its command; *run* itself is ``env``, which has become the program."""
+    [keeper] = _children(run.pid)
+    return keeper
+
+
+_WITH_JOBS = ("sleep 1000 &", "setsid sleep 1000 &", "(setsid sh -c 'sleep 1000; :' &)")
+"""Processes of the command in its own session, in another one, and with no parent."""
+
+
 @pytest.mark.parametrize("options", [(), ("--writable",)], ids=["read-only", "writable"])
-def test_a_command_outlives_the_killed_run_with_its_volume(runs: Runs, options: tuple[str, ...]) -> None:
-    ready, go, result = (runs.env.directory / name for name in ("ready", "go", "result"))
-    lines = (
-        "touch /nix/written || :",
-        f"touch {quoted(ready)}",
-        f"while [ ! -e {quoted(go)} ]; do sleep 0.05; done",
-        f"{{ hello; ls /nix; }} > {quoted(result)}.new; mv {quoted(result)}.new {quoted(result)}",
-    )
+def test_a_killed_run_takes_its_command_with_it_and_the_next_run_clears_up(
+    runs: Runs, options: tuple[str, ...]
+) -> None:
+    ready = runs.env.directory / "ready"
+    lines = ("trap '' HUP INT TERM", "touch /nix/written || :", *_WITH_JOBS, f"touch {quoted(ready)}", "sleep 1000")
     run = runs.start(*script(*lines), options=(*runs.package("hello"), *options))
     wait_until(ready.exists, "the command runs")
     [scratch] = runs.scratches()
     run.kill()
     run.wait()
-    # Other runs and a garbage collection pass; then the command looks again.
-    assert runs("hello", options=runs.package('greet "the next one"')).code == 0
-    runs.env.run("nix-store", "--gc")
+    wait_until(lambda: runs.processes() == [], "the command and its jobs have ended")
     assert runs.scratches() == [scratch]
-    go.touch()
-    wait_until(result.exists, "the command has looked")
-    assert GREETING in result.read_text()
-    assert ("written" in result.read_text().split()) == bool(options)
+    assert runs.mounts() == []
+    assert runs("hello").code == 0
+    assert runs.traces() == {}
+
+
+def test_a_killed_keeper_takes_the_command_with_it_and_the_run_clears_up(runs: Runs) -> None:
+    ready = runs.env.directory / "ready"
+    run = runs.start(*script(*_WITH_JOBS, f"touch {quoted(ready)}", "sleep 1000"))
+    wait_until(ready.exists, "the command runs")
+    os.kill(_keeper(run), signal.SIGKILL)
+    assert _ended(run) == 128 + signal.SIGKILL
+    assert runs.traces() == {}
+
+
+def test_a_run_and_keeper_killed_at_once_take_the_command_with_them(runs: Runs) -> None:
+    ready = runs.env.directory / "ready"
+    run = runs.start(*script(f"touch {quoted(ready)}", "exec sleep 1000"))
+    wait_until(ready.exists, "the command runs")
+    keeper = _keeper(run)
+    os.kill(keeper, signal.SIGSTOP)  # it cannot do anything any more
+    run.kill()
+    os.kill(keeper, signal.SIGKILL)
+    run.wait()
     wait_until(lambda: runs.processes() == [], "the command has ended")
     assert runs("true").code == 0
     assert runs.traces() == {}
+
+
+def test_a_run_killed_before_its_command_starts_leaves_no_keeper(runs: Runs) -> None:
+    fifo = runs.env.directory / "fifo"
+    os.mkfifo(fifo)
+    run = runs.start("true", options=("--expr", f"builtins.readFile {fifo}"))
+    wait_until(lambda: _has_reader(fifo), "Nix evaluates")
+    keepers = [pid for pid in _children(run.pid) if b"cknix_csi.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(keepers) == 1
+    run.kill()
+    run.wait()
+    wait_until(lambda: not Path(f"/proc/{keepers[0]}").exists(), "the keeper has ended")
+
+
+def test_what_has_lost_its_parent_and_ended_does_not_stay_as_a_zombie(runs: Runs) -> None:
+    ready, go = runs.env.directory / "ready", runs.env.directory / "go"
+    lines = (f"(sh -c 'while [ ! -e {quoted(go)} ]; do sleep 0.02; done' &)", f"touch {quoted(ready)}", "sleep 1000")
+    run = runs.start(*script(*lines))
+    wait_until(ready.exists, "the command runs")
+    keeper = _keeper(run)
+    wait_until(lambda: len(_children(keeper)) == 2, "the keeper has adopted the orphan")
+    go.touch()
+    wait_until(lambda: len(_children(keeper)) == 1, "the orphan is gone")
+
+
+_COUNT_ALL = """
+import os, signal, time
+def told(number, _):
+    os.write(1, signal.Signals(number).name.encode() + b"\\n")
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, told)
+print("ready", flush=True)
+while True:
+    time.sleep(1)
+"""
+
+
+def test_a_command_that_ignores_sigterm_is_killed_by_the_third(runs: Runs) -> None:
+    run = runs.start(sys.executable, "-c", _COUNT_ALL)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "ready\n"
+    for _ in range(2):
+        run.terminate()
+        assert run.stdout.readline() == "SIGTERM\n"
+    run.terminate()
+    output, errors = run.communicate(timeout=30)
+    assert (run.returncode, output) == (128 + signal.SIGKILL, "")
+    assert errors.splitlines()[-1] == "cknix: killed the command, which got SIGTERM 3 times"
+    assert runs.traces() == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_what_a_program_may_be_told_often_never_kills_it(runs: Runs, number: signal.Signals) -> None:
+    run = runs.start(sys.executable, "-c", _COUNT_ALL)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "ready\n"
+    for _ in range(6):
+        run.send_signal(number)
+        assert run.stdout.readline() == f"{number.name}\n"
+    assert run.poll() is None
+
+
+class _Terminal:
+    """A run in a terminal, and a person who reads and types."""
+
+    def __init__(self, runs: Runs, *argv: str) -> None:
+        self.pid, self._terminal = pty.fork()
+        if self.pid == 0:
+            os.chdir(REPOSITORY)
+            command = Runs.command(*argv, options=("-q", "-f", str(HELLO)))
+            os.execve(command[0], command, {**runs.environ, "TERM": "dumb", "PS1": "$ "})
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def until(self, text: str) -> None:
+        """Read until *text* is shown, after what was shown before."""
+        start, deadline = len(self.shown), time.monotonic() + 30
+        while text not in self.shown[start:]:
+            assert time.monotonic() < deadline, f"{text!r} is not in {self.shown!r}"
+            ready, _, _ = select.select([self._terminal], [], [], 0.1)
+            if ready:
+                self.shown += os.read(self._terminal, 4096).decode(errors="replace")
+
+    def foreground(self) -> int:
+        """The process group that has the terminal."""
+        return os.tcgetpgrp(self._terminal)
+
+    def ended(self) -> int:
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self._terminal)
+        return code
+
+
+def test_a_shell_has_job_control(runs: Runs) -> None:
+    terminal = _Terminal(runs, "bash", "--norc", "--noprofile", "--noediting", "-i")
+    terminal.until("$ ")
+    assert "no job control" not in terminal.shown
+    terminal.type("sleep 1000\n")
+    wait_until(lambda: "sleep\0001000" in _command_lines(runs), "the shell runs it")
+    terminal.type("\x1a")
+    terminal.until("Stopped")
+    terminal.type("bg; jobs\n")
+    terminal.until("Running")
+    shell = terminal.foreground()
+    terminal.type("fg\n")
+    wait_until(lambda: terminal.foreground() != shell, "the job has the terminal")
+    for _ in range(4):  # a person's interrupts reach the job, then the shell, and end no shell
+        terminal.type("\x03")
+        terminal.until("$ ")
+    terminal.type("echo still $((40 + 2))\n")
+    terminal.until("still 42")
+    terminal.type("exit 6\n")
+    terminal.until("exit")
+    assert terminal.ended() == 6
+    assert runs.traces() == {}
+
+
+def test_a_killed_run_takes_a_shell_and_its_jobs_out_of_the_terminal(runs: Runs) -> None:
+    terminal = _Terminal(runs, "bash", "--norc", "--noprofile", "--noediting", "-i")
+    terminal.until("$ ")
+    terminal.type("sleep 1000 & sleep 1000\n")
+    wait_until(lambda: _command_lines(runs).count("sleep\0001000") == 2, "the shell runs them")
+    os.kill(terminal.pid, signal.SIGKILL)
+    assert terminal.ended() == -signal.SIGKILL
+    wait_until(lambda: runs.processes() == [], "all have ended")
+    assert runs("true").code == 0
+    assert runs.traces() == {}
+
+
+def _command_lines(runs: Runs) -> str:
+    found = []
+    for pid in runs.processes():
+        with suppress(OSError):
+            found.append(Path(f"/proc/{pid}/cmdline").read_text())
+    return "\n".join(found)
 
 
 @pytest.mark.parametrize("when", ["build", "command"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from cknix_csi.nix.cache.signing import generate_key
@@ -81,11 +83,11 @@ async def test_a_path_that_is_collected_as_soon_as_it_is_fetched_is_fetched_agai
     real = whole.nix.nix.program("nix-store")
     collector = f"{real} --gc --store 'local?root={whole.data}'"
     # As a collection that had looked for roots before the path was valid.
-    whole.wrap("nix-store", f'{real} "$@" && rm -r {whole.data}/nix/var/nix/gcroots/cknix && {collector}')
+    whole.wrap("nix-store", f'{real} "$@" && rm -rf {whole.data}/nix/var/nix/gcroots/cknix && {collector}')
     await whole.start()
     assert await whole.refused(storePath=source.file) == (
         "UNAVAILABLE",
-        f"{source.file} was fetched, and collected at once by a garbage collection on this node; kubelet will retry",
+        f"a garbage collection came in between while {source.file} was fetched or built; it is tried again",
     )
     await whole.left_nothing()
     whole.wrap("nix-store", f'exec {real} "$@"')
@@ -122,3 +124,33 @@ async def test_without_a_cache_in_this_cluster_that_is_said(whole: WholeNode, cl
     assert code == "UNAVAILABLE"
     assert "no cache of this cluster is known yet" in message
     assert whole.traces() == []
+
+
+async def test_a_closure_whose_files_are_lost_is_fetched_again(
+    whole: WholeNode, cluster: Cluster, source: Source
+) -> None:
+    """Somebody has tidied up; the store's database says that all is there."""
+    await whole.start()
+    await whole.publish("before", storePath=source.toolbox)
+    await whole.unpublish("before")
+    lost = sorted(source.closure(source.toolbox))[0]
+    shutil.rmtree(whole.data / lost.removeprefix("/"))
+    assert source.toolbox in whole.registered_paths()
+    require_exactly(await whole.publish(storePath=source.toolbox), source, source.toolbox)
+    whole.admin("nix-store", "--verify", "--check-contents")
+
+
+async def test_a_closure_whose_files_are_lost_and_no_cache_has_is_told(
+    whole: WholeNode, cluster: Cluster, source: Source
+) -> None:
+    await whole.start()
+    await whole.publish("before", storePath=source.toolbox)
+    await whole.unpublish("before")
+    shutil.rmtree(whole.data / source.toolbox.removeprefix("/"))
+    cluster.cache.close()
+    code, message = await whole.refused(storePath=source.toolbox)
+    assert code == "UNAVAILABLE", message
+    assert source.toolbox in message
+    assert whole.traces() == []
+    cluster.cache.open()
+    require_exactly(await whole.publish_retrying(storePath=source.toolbox), source, source.toolbox)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 
 import pytest
@@ -126,3 +127,25 @@ async def test_a_store_that_the_controller_left_on_this_node_is_removed_when_it_
     assert left.is_dir()  # the controller lives here
     await cluster.use_cache(node="node-2")
     await whole.eventually("the store is gone", lambda: os.listdir(store) == [".lock"])
+
+
+async def test_the_log_as_objects_names_pod_volume_and_closure(whole: WholeNode, source: Source) -> None:
+    await whole.start(CKNIX_LOG_FORMAT="json")
+    await whole.publish(storePath=source.hello)
+    await whole.unpublish()
+    for _ in range(3):
+        await whole.refused(expresion="hello")
+    lines = [json.loads(line) for line in whole.log().splitlines()]
+    about = {
+        "pod": "default/pod-v1",
+        "pod_uid": "v1",
+        "volume": "nix",
+        "volume_id": "v1",
+        "closure": source.hello.removeprefix("/nix/store/"),
+    }
+    for word in ("mounted", "unmounted"):
+        [line] = [line for line in lines if line["message"].startswith(f"{word} ")]
+        assert about.items() <= line.items()
+    [warning] = [line for line in lines if line["level"] == "warning"]
+    assert 'did you mean "expression"?' in warning["message"]
+    assert warning["pod"] == "default/pod-v1"

@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 
+from tests.nix.disks import MEBIBYTE
+from tests.node.disks import fill, mount_small_disk
 from tests.node.whole import Source, WholeNode, require_exactly
-
-MEBIBYTE = 1024 * 1024
-
-
-def mount_small_disk(node: WholeNode, kind: str) -> None:
-    """A file system of 48 MiB at the node's data root, gone with its namespace."""
-    if kind == "tmpfs":
-        node.namespace.run("mount", "-t", "tmpfs", "-o", "size=48m", "small-disk", node.data)
-        return
-    image = node.directory / "disk"
-    with image.open("wb") as file:
-        file.truncate(48 * MEBIBYTE)
-    node.namespace.run("mkfs.ext4", "-q", "-F", image)
-    node.namespace.run("mount", "-o", "loop", image, node.data)
-
-
-def fill(data: Path, left: int) -> Path:
-    """A file that leaves *left* bytes of the disk, also of what is reserved for root."""
-    filler = data / "somebody-elses-data"
-    with filler.open("wb") as file:
-        while (excess := os.statvfs(data).f_bfree * os.statvfs(data).f_frsize - left) > 0:
-            try:
-                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), excess)
-            except OSError:
-                break
-    return filler
 
 
 @pytest.mark.parametrize("left", [MEBIBYTE, 0])
@@ -44,8 +17,7 @@ async def test_a_full_disk_is_said_and_nothing_left_on_it(
     mount_small_disk(whole, kind)
     await whole.start()
     await whole.publish("resident", storePath=source.wide)
-    await whole.publish("known", storePath=source.hello)
-    await whole.unpublish("known")
+    await whole.publish("known", storePath=source.hello)  # and stays, so that there is no garbage to make room with
     before = whole.traces()
     filler = fill(whole.namespace.see(whole.data), left)
     for _ in range(2):
@@ -57,5 +29,5 @@ async def test_a_full_disk_is_said_and_nothing_left_on_it(
     filler.unlink()
     assert source.shapes not in whole.registered_paths()
     require_exactly(await whole.publish(storePath=source.shapes), source, source.shapes)
-    require_exactly(await whole.publish("known", writable=True, storePath=source.hello), source, source.hello)
+    require_exactly(await whole.publish("again", writable=True, storePath=source.hello), source, source.hello)
     require_exactly(whole.shown("resident"), source, source.wide)

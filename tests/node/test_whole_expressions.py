@@ -98,7 +98,7 @@ async def test_without_an_api_server_what_the_node_knows_still_mounts(
     for name in ("seen", "unseen"):
         await cluster.apply(name)
     await whole.start(CKNIX_RPC_BUDGET="2")
-    first = asyncio.create_task(whole.publish("first", expression="seen"))
+    first = asyncio.create_task(whole.publish_retrying("first", expression="seen"))
     await cluster.report("seen", "Succeeded", x86_64_linux=source.hello)
     await first  # the result came by the watch, which is up from now on
     if outage == "refuses":
@@ -118,22 +118,55 @@ async def test_without_an_api_server_what_the_node_knows_still_mounts(
 async def test_a_daemon_that_starts_without_an_api_server_serves_what_it_can(
     whole: WholeNode, cluster: Cluster, source: Source
 ) -> None:
-    await cluster.apply("seen")
-    await cluster.report("seen", "Succeeded", x86_64_linux=source.hello)
+    for name in ("seen", "unseen"):
+        await cluster.apply(name)
+        await cluster.report(name, "Succeeded", x86_64_linux=source.hello)
     await whole.start()
     await whole.publish("before", expression="seen")
+    remembered = whole.data / "state/results.json"
+    await whole.eventually("the result is kept", remembered.exists)
     whole.kill()
     cluster.api.close()
     await whole.start()
     require_exactly(await whole.publish("known", storePath=source.hello), source, source.hello)
     # The cache's address and key were kept on this node.
     require_exactly(await whole.publish("fetched", storePath=source.wide), source, source.wide)
-    code, message = await whole.refused("v1", expression="seen")
+    require_exactly(await whole.publish("remembered", expression="seen"), source, source.hello)
+    assert f"using the last known result of Expression default/seen, {source.hello}: " in whole.log()
+    code, message = await whole.refused("v1", expression="unseen")
     assert code == "UNAVAILABLE"
-    assert message.startswith("Expression default/seen is not known here yet, and the API server did not answer GET")
+    assert message.startswith("Expression default/unseen is not known here yet, and the API server did not answer GET")
     await whole.unpublish("before")
     cluster.api.open()
-    require_exactly(await whole.publish("v1", expression="seen"), source, source.hello)
+    require_exactly(await whole.publish("v1", expression="unseen"), source, source.hello)
+
+
+async def test_an_api_server_that_is_back_is_believed_and_not_what_was_remembered(
+    whole: WholeNode, cluster: Cluster, source: Source
+) -> None:
+    for name in ("updated", "deleted"):
+        await cluster.apply(name)
+        await cluster.report(name, "Succeeded", x86_64_linux=source.hello)
+    await whole.start()
+    for name in ("updated", "deleted"):
+        await whole.publish(name, expression=name)
+    remembered = whole.data / "state/results.json"
+    await whole.eventually("the results are kept", lambda: remembered.exists() and "deleted" in remembered.read_text())
+    whole.kill()
+    await cluster.apply("updated")
+    await cluster.report("updated", "Succeeded", x86_64_linux=source.other)
+    await cluster.delete("deleted")
+    cluster.api.close()
+    await whole.start()
+    require_exactly(await whole.publish("v1", expression="updated"), source, source.hello)
+    cluster.api.open()
+    async with asyncio.timeout(LIMIT):
+        while (await whole.publish("v2", expression="updated") / "var/result").readlink() != Path(source.other):
+            await whole.unpublish("v2")
+            await asyncio.sleep(0.05)
+    code, _ = await whole.refused("v3", expression="deleted")
+    assert code == "NOT_FOUND"
+    await whole.eventually("the deleted one is forgotten", lambda: "deleted" not in remembered.read_text())
 
 
 async def test_the_real_api_server_may_crash_and_come_back(whole: WholeNode, cluster: Cluster, source: Source) -> None:

@@ -9,7 +9,10 @@ import pytest
 from cknix_csi.proto.csi_pb2 import NodePublishVolumeRequest, VolumeCapability
 from tests.node.whole import Source, WholeNode
 
-KNOWN = "storePath, expression, flakeRef, expr, namespace, or a system such as x86_64-linux"
+KNOWN = (
+    "storePath, expression, flakeRef, expr, namespace, sizeLimit, medium, presentation, "
+    "or a system such as x86_64-linux"
+)
 UNKNOWN_PATH = "/nix/store/00000000000000000000000000000000-x"
 OPTIONS = 'set one of "expression", "storePath" or a store path per system, for example x86_64-linux: "/nix/store/…"'
 

@@ -59,6 +59,9 @@ async def test_a_known_closure_costs_no_process_and_no_request(
     whole: WholeNode, cluster: Cluster, source: Source
 ) -> None:
     await cluster.apply("known")
+    for number in range(10):
+        for name in ("pod", "path"):
+            await cluster.schedule(f"{name}-{number}", hostUsers=number % 4 > 0)
     await whole.start()
     first = asyncio.create_task(whole.publish("first", expression="known"))
     await cluster.report("known", "Succeeded", x86_64_linux=source.hello)
@@ -66,6 +69,10 @@ async def test_a_known_closure_costs_no_process_and_no_request(
     faults, calls = whole.descendants_faults(), len(whole.nix_calls())
     assert faults > 0
     assert calls == 1
+    while cluster.api.sent:  # until the watch of pods is up as well
+        cluster.api.forget()
+        await whole.publish("pod-0", expression="known")
+        await whole.unpublish("pod-0")
     cluster.api.forget()
     cluster.cache.forget()
     for number in range(10):

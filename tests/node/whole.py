@@ -123,6 +123,9 @@ class Cluster:
         self.cache = Relay(cache_port)
         self.reopen()
         self.kubeconfig = self._kubeconfig()
+        self._scheduled: list[str] = []
+        # Elsewhere the controller manager, which does not run here, makes it.
+        server.kubectl("create", "serviceaccount", "default", "-n", POD_NAMESPACE)
 
     def _kubeconfig(self) -> dict[str, Any]:
         """That of the node daemon's ServiceAccount, through the relay."""
@@ -157,6 +160,30 @@ class Cluster:
                     raise
                 await api.patch(core("configmaps", DRIVER_NAMESPACE, "cknix-cache"), {"data": data}, kind=MERGE_PATCH)
 
+    async def schedule(self, volume: str = "v1", **spec: Any) -> None:
+        """Have the pod of *volume* on the node, with *spec*; without it, the daemon is told of a pod that has gone.
+
+        It is a static pod to the API server: the uid by which its kubelet knows such a one is for us to say.
+        """
+        async with connected(self.server.kubeconfig("admin")) as api:
+            body = {
+                "metadata": {"name": f"pod-{volume}", "annotations": {"kubernetes.io/config.mirror": volume}},
+                "spec": {
+                    "nodeName": "node-1",
+                    "automountServiceAccountToken": False,
+                    "containers": [{"name": "main", "image": "none"}],
+                    **spec,
+                },
+            }
+            await api.create(core("pods", POD_NAMESPACE), body)
+        self._scheduled.append(f"pod-{volume}")
+
+    def evict(self) -> None:
+        """Remove every pod that was scheduled."""
+        if self._scheduled:
+            self.server.kubectl("delete", "pod", *self._scheduled, "-n", POD_NAMESPACE, "--force", "--grace-period=0")
+        self._scheduled.clear()
+
     async def apply(self, name: str) -> None:
         """What a user does: create the Expression, or change its spec to a newer generation."""
         async with connected(self.server.kubeconfig("admin")) as api:
@@ -174,6 +201,10 @@ class Cluster:
                     raise
                 spec = {"spec": body["spec"]}
                 await api.patch(expressions(POD_NAMESPACE, name), spec, kind=MERGE_PATCH)
+
+    async def delete(self, name: str) -> None:
+        """What a user does: delete the Expression, which nothing keeps."""
+        await asyncio.to_thread(self.server.kubectl, "delete", "expr", name, "-n", POD_NAMESPACE)
 
     async def report(self, name: str, phase: str, *, message: str = "", **results: str) -> None:
         """What the controller does: write the status of the newest generation; *results* by system, ``_`` for ``-``."""
@@ -282,6 +313,7 @@ class WholeNode:
             "CKNIX_DATA_ROOT": str(self.data),
             "CKNIX_KUBELET_ROOT": str(self.kubelet),
             "CKNIX_RPC_BUDGET": f"{LIMIT}",
+            "CKNIX_GC_LOW": "0",  # what a test sees must not depend on how full this machine's disk is
             **settings,
         }
 
@@ -478,7 +510,7 @@ class WholeNode:
         data = self.namespace.see(self.data)
         found = [f"mount {target}" for target in self.namespace.mounts(self.data)]
         found += [f"mount {target}" for target in self.namespace.mounts(self.pods)]
-        for name in ("views", "volumes", "trash"):
+        for name in ("views", "farms", "volumes", "trash"):
             with suppress(FileNotFoundError):
                 found += [f"{name}/{entry}" for entry in os.listdir(data / name)]
         found += [f"target {target}" for target in self.pods.glob("*/volumes/kubernetes.io~csi/nix/*")]

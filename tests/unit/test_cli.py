@@ -5,11 +5,12 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from cknix_csi import __version__, cli
+from cknix_csi import __version__, cli, logs
 from cknix_csi.api.errors import CknixError, Invalid, Problem
 from cknix_csi.run import command
 
@@ -48,11 +49,21 @@ def test_help_imports_nothing_that_takes_long() -> None:
 
 def test_the_help_names_every_role_and_option() -> None:
     top, run = _run("--help").stdout, _run("run", "--help").stdout
-    assert all(role in top for role in ("controller", "node", "run"))
-    options = ("--file FILE", "--expr TEXT", "--flake REF", "--store-path PATH", "--writable", "--data-root DIR", "-q")
+    assert all(role in top for role in ("controller", "node", "run", "probe", "volumes"))
+    options = (
+        "--file FILE",
+        "--name NAME",
+        "--restricted",
+        "--expr TEXT",
+        "--flake REF",
+        "--store-path PATH",
+        "--writable",
+        "--data-root DIR",
+        "-q",
+    )
     assert all(option in run for option in options)
     for role in ("controller", "node"):
-        assert _run(role, "--help").returncode == 0
+        assert "--log-format {text,json}" in _run(role, "--help").stdout
 
 
 def test_the_version_is_the_packages() -> None:
@@ -72,7 +83,10 @@ def test_the_version_is_the_packages() -> None:
         (("run", "--expr", "1", "--writeable"), "unrecognized arguments: --writeable"),
         (("run", "--expr", "1", "--write"), "unrecognized arguments: --write"),
         (("run", "--expr", "1", "ls", "-l"), "unrecognized arguments: -l; put -- before the command"),
+        (("node", "--log-format", "xml"), "argument --log-format: invalid choice: 'xml'"),
         (("node", "--data-root", "x"), "unrecognized arguments: --data-root x"),
+        (("probe", "--data-root", ""), "argument --data-root: is empty"),
+        (("probe", "now"), "unrecognized arguments: now"),
     ],
 )
 def test_wrong_arguments_are_told_with_code_2(arguments: tuple[str, ...], words: str) -> None:
@@ -98,7 +112,7 @@ def test_everything_after_the_dashes_is_the_commands() -> None:
             2,
             ["cknix-csi run: spec.a: is bad", "cknix-csi run: spec.b: is worse"],
         ),
-        (KeyboardInterrupt(), 130, []),
+        (KeyboardInterrupt(), 130, ["cknix-csi run: interrupted"]),
     ],
 )
 def test_an_error_is_one_line_per_problem(
@@ -114,6 +128,28 @@ def test_an_error_is_one_line_per_problem(
     monkeypatch.setattr(command, "run", fail)
     assert cli.main(["run", "--expr", "1"]) == code
     assert capsys.readouterr().err.splitlines() == lines
+
+
+@pytest.mark.parametrize("role", ["controller", "node"])
+def test_the_log_format_of_the_command_line_comes_before_the_environments(
+    role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def serve(environment: Mapping[str, str]) -> int:
+        found.append(environment.get("CKNIX_LOG_FORMAT"))
+        return 0
+
+    monkeypatch.setattr(f"cknix_csi.serve.{role}", serve)
+    monkeypatch.setenv("CKNIX_LOG_FORMAT", "text")
+    for arguments in ((), ("--log-format", "json")):
+        assert cli.main([role, *arguments]) == 0
+    assert found == ["text", "json"]
+
+
+def test_the_command_line_offers_the_formats_that_there_are() -> None:
+    for form in logs.FORMATS:
+        assert cli.parser().parse_args(["node", "--log-format", form]).log_format == form
 
 
 @pytest.mark.parametrize("role", ["controller", "node"])

@@ -6,6 +6,9 @@ import pytest
 
 from cknix_csi.api.attributes import FromExpression, FromStorePath, PodInfo, VolumeSource
 from cknix_csi.api.errors import CknixError, Code, Conflict
+from cknix_csi.api.limits import Limit, Medium
+from cknix_csi.api.options import VolumeOptions
+from cknix_csi.api.presentation import Presentation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.csi.publications import require_only, require_same
 from cknix_csi.csi.requests import AccessMode, PublishCall
@@ -23,8 +26,10 @@ def call(
     writable: bool = False,
     mode: AccessMode = AccessMode.SINGLE_NODE_MULTI_WRITER,
     volume_id: str = "v1",
+    limit: Limit | None = None,
+    presentation: Presentation | None = None,
 ) -> PublishCall:
-    return PublishCall(volume_id, HERE, source, writable, mode, PodInfo())
+    return PublishCall(volume_id, HERE, source, writable, mode, PodInfo(), VolumeOptions(limit, presentation))
 
 
 @pytest.mark.parametrize("mode", list(AccessMode))
@@ -58,6 +63,42 @@ def test_another_expression_is_a_conflict_where_it_is_known() -> None:
     other = FromExpression("default", "other")
     with pytest.raises(Conflict, match="it was published from default/hello, asked for is default/other"):
         require_same(call(other), Publication(HELLO.basename, writable=False), call(EXPRESSION))
+
+
+SMALL, LARGE = Limit(1 << 20), Limit(1 << 30, Medium.MEMORY)
+
+
+def test_another_limit_is_a_conflict_that_names_both() -> None:
+    there = Publication(HELLO.basename, writable=True, limit=SMALL)
+    with pytest.raises(Conflict, match="it may hold 1Mi on disk, asked for is 1Gi in memory"):
+        require_same(call(writable=True, limit=LARGE), there, None)
+    with pytest.raises(Conflict, match="it may hold any amount, asked for is 1Mi on disk"):
+        require_same(call(writable=True, limit=SMALL), Publication(HELLO.basename, writable=True), None)
+    with pytest.raises(Conflict, match="it was published with a limit of 1Mi on disk, asked for is none"):
+        require_same(call(writable=True), there, call(writable=True, limit=SMALL))
+
+
+@pytest.mark.parametrize("made", list(Presentation))
+def test_another_presentation_is_a_conflict_only_for_who_asks_for_one(made: Presentation) -> None:
+    there = Publication(HELLO.basename, writable=False, presentation=made)
+    require_same(call(), there, call(presentation=made))
+    for asked in Presentation:
+        if asked is made:
+            require_same(call(presentation=asked), there, None)
+        else:
+            with pytest.raises(Conflict, match=f"it is presented as {made.value}, asked for is {asked.value}"):
+                require_same(call(presentation=asked), there, None)
+
+
+def test_a_limit_is_compared_as_it_is_made() -> None:
+    there = Publication(HELLO.basename, writable=True, limit=SMALL)
+    require_same(call(writable=True, limit=Limit((1 << 20) + 4095)), there, None)
+
+
+def test_a_running_pod_keeps_the_limit_that_the_node_gave_it() -> None:
+    there = Publication(HELLO.basename, writable=True, limit=SMALL)
+    require_same(call(writable=True), there, None)
+    require_same(call(writable=True), there, call(writable=True))
 
 
 def test_a_running_pod_keeps_its_closure_when_its_expression_has_a_newer_result() -> None:

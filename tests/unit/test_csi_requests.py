@@ -6,9 +6,16 @@ import pytest
 
 from cknix_csi.api.attributes import FromExpression, FromStorePath, PodInfo
 from cknix_csi.api.errors import Code, Invalid
+from cknix_csi.api.limits import Limit, Medium
+from cknix_csi.api.options import VolumeOptions
 from cknix_csi.api.storepath import StorePath
-from cknix_csi.csi.requests import AccessMode, PublishCall, UnpublishCall
-from cknix_csi.proto.csi_pb2 import NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability
+from cknix_csi.csi.requests import AccessMode, PublishCall, StatsCall, UnpublishCall
+from cknix_csi.proto.csi_pb2 import (
+    NodeGetVolumeStatsRequest,
+    NodePublishVolumeRequest,
+    NodeUnpublishVolumeRequest,
+    VolumeCapability,
+)
 
 SYSTEM = "x86_64-linux"
 HELLO = "/nix/store/" + "1" * 32 + "-hello-2.12"
@@ -80,6 +87,19 @@ def test_a_volume_is_writable_when_neither_the_request_nor_its_mode_says_read_on
 ) -> None:
     request = publish_request(readonly=readonly, volume_capability=capability(mode))
     assert PublishCall.parse(request, system=SYSTEM).writable is writable
+
+
+def test_options_are_read_and_problems_with_them_told_beside_all_others() -> None:
+    asked = {**POD, "expression": "hello", "sizeLimit": "1Gi", "medium": "Memory"}
+    call = PublishCall.parse(publish_request(readonly=False, volume_context=asked), system=SYSTEM)
+    assert call.options == VolumeOptions(Limit(1 << 30, Medium.MEMORY))
+    found = problems(publish_request(volume_id=None, volume_context={**asked, "storePath": HELLO}))
+    assert [problem.split(":")[0] for problem in found] == [
+        "volume_id",
+        'volume attribute "expression"',
+        'volume attribute "sizeLimit"',
+        'volume attribute "medium"',
+    ]
 
 
 @pytest.mark.parametrize("mode", [value for value in Mode.values() if value])
@@ -189,3 +209,23 @@ def test_an_unpublish_without_fields_names_both() -> None:
     with pytest.raises(Invalid) as raised:
         UnpublishCall.parse(NodeUnpublishVolumeRequest())
     assert [str(problem) for problem in raised.value.problems] == ["volume_id: is missing", "target_path: is missing"]
+
+
+@pytest.mark.parametrize("path", [TARGET, "some/path", "/", "../.."])
+def test_a_request_for_stats_may_name_any_path(path: str) -> None:
+    request = NodeGetVolumeStatsRequest(volume_id="csi-1", volume_path=path, staging_target_path="/staged")
+    assert StatsCall.parse(request) == StatsCall("csi-1", Path(path))
+
+
+def test_all_problems_of_a_request_for_stats_are_reported_at_once() -> None:
+    for request, message in (
+        (NodeGetVolumeStatsRequest(), "volume_id: is missing; volume_path: is missing"),
+        (NodeGetVolumeStatsRequest(volume_id="csi-1"), "volume_path: is missing"),
+        (
+            NodeGetVolumeStatsRequest(volume_id="a\0b", volume_path="/a\0b"),
+            r"volume_id: 'a\x00b' holds a NUL character; volume_path: '/a\x00b' holds a NUL character",
+        ),
+    ):
+        with pytest.raises(Invalid) as raised:
+            StatsCall.parse(request)
+        assert (raised.value.code, raised.value.message) == (Code.INVALID_ARGUMENT, message)

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import yaml
 
 from cknix_csi import cli
 from cknix_csi.api.attributes import EPHEMERAL, KNOWN_KEYS, POD_NAME, POD_NAMESPACE, parse_source
-from cknix_csi.api.errors import Invalid
+from cknix_csi.api.errors import Invalid, Problem
 from cknix_csi.api.expression import KIND, parse_manifest
+from cknix_csi.api.options import parse_options
 from cknix_csi.api.systems import KNOWN_SYSTEMS
 from cknix_csi.settings import DRIVER_NAME, controller_settings, node_settings, run_settings
 
@@ -67,7 +69,9 @@ def _check_yaml(text: str) -> int:
         if mapping.get("driver") == DRIVER_NAME:
             pod = {POD_NAME: "p", POD_NAMESPACE: "default"}
             inline = {} if "volumeHandle" in mapping else {EPHEMERAL: "true"}
-            parse_source({**mapping["volumeAttributes"], **pod, **inline}, system="x86_64-linux")
+            attributes = {**mapping["volumeAttributes"], **pod, **inline}
+            parse_source(attributes, system="x86_64-linux")
+            parse_options(attributes, writable=not mapping.get("readOnly", False))
             found += 1
     return found
 
@@ -230,6 +234,11 @@ _MISTAKES: list[dict[str, str]] = [
     {"storePath": "/nix/store/hello"},
     {"expression": "hello", "namespace": "other"},
     {},
+    {"expression": "hello", "sizeLimit": "10GB"},
+    {"expression": "hello", "sizeLimit": "10Gi"},
+    {"expression": "hello", "medium": "Memory"},
+    {"expression": "hello", "sizeLimit": "10Gi", "medium": "Ram"},
+    {"expression": "hello", "presentation": "copi"},
 ]
 
 
@@ -239,9 +248,14 @@ _MISTAKES: list[dict[str, str]] = [
 def test_messages_about_attributes_begin_as_documented(row: list[str], attributes: dict[str, str]) -> None:
     pattern = re.escape(row[0].strip("`")).replace("…", ".*?")
     pod = {POD_NAME: "p", POD_NAMESPACE: "default", EPHEMERAL: "true"}
-    with pytest.raises(Invalid) as raised:
-        parse_source({**attributes, **pod}, system="x86_64-linux")
-    assert any(re.match(pattern, str(problem)) for problem in raised.value.problems), raised.value
+    problems: list[Problem] = []
+    context = {**attributes, **pod}
+    for parse in (partial(parse_source, system="x86_64-linux"), partial(parse_options, writable=False)):
+        try:
+            parse(context)
+        except Invalid as error:
+            problems += error.problems
+    assert any(re.match(pattern, str(problem)) for problem in problems), problems
 
 
 def test_messages_that_troubleshooting_explains_are_ones_the_program_has() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,16 @@ def thing():
     yield
     raise RuntimeError
 def test_fails_twice(thing): assert False
+"""
+TOGETHER = """
+import pathlib, time
+def test_sees_the_other_rung():
+    pathlib.Path({mine!r}).touch()
+    deadline = time.monotonic() + 60
+    while not pathlib.Path({other!r}).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    print({mine!r})
 """
 BROKEN = "import nowhere_to_be_found\n"
 CRASH = "import os\ndef test_crashes(): os._exit(3)\n"
@@ -128,3 +139,13 @@ def test_when_that_cannot_be_made_the_rungs_before_it_are_still_told(ladder: Lad
     assert "no disk" in ran.stderr
     assert "could not be built" in ran.stderr
     assert ran.stdout.splitlines()[-1] == "1 passed, 0 failed, 0 skipped"
+
+
+def test_two_rungs_run_at_once_and_what_they_print_is_not_mixed(ladder: Ladder) -> None:
+    ladder.rung("unit", TOGETHER.format(mine="one", other="two") + FAIL)
+    ladder.rung("kernel", TOGETHER.format(mine="two", other="one") + FAIL)
+    ran = ladder.climb("unit", "kernel")
+    assert ran.stdout.splitlines()[-1] == "2 passed, 2 failed, 0 skipped"
+    for rung in ("unit", "kernel"):
+        (shown,) = re.findall(f"━━━ {rung}, at its end\n(.*?)(?=\n━━━|\nrung )", ran.stdout, re.DOTALL)
+        assert re.findall(r"FAILED tests/(\w+)/", shown) == [rung]

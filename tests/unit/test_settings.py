@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from cknix_csi.api.errors import Invalid
+from cknix_csi.api.limits import SizePolicy
+from cknix_csi.api.watermarks import Watermark, Watermarks
 from cknix_csi.settings import (
     ControllerSettings,
     NixSettings,
@@ -44,7 +46,12 @@ def test_a_node_needs_no_settings() -> None:
         kubelet_root=Path("/var/lib/kubelet"),
         namespace="cknix-system",
         rpc_budget=100.0,
+        sizes=SizePolicy(default=None, maximum=None),
+        keep_warm=0,
+        keep_warm_seconds=600.0,
+        watermarks=Watermarks(Watermark(percent=15.0), Watermark(percent=20.0)),
         log_level="info",
+        log_format="text",
     )
 
 
@@ -56,13 +63,20 @@ def test_the_controller_needs_no_settings() -> None:
         cache_host="0.0.0.0",
         cache_port=8080,
         max_builds=4,
+        watermarks=Watermarks(Watermark(percent=15.0), Watermark(percent=20.0)),
         node_name=platform.node(),
         log_level="info",
+        log_format="text",
     )
 
 
 def test_run_needs_no_settings_and_trusts_its_user() -> None:
     assert run_settings({}, None) == nix("/var/lib/cknix", restrict_eval=False)
+
+
+def test_run_can_be_restricted_as_the_controller_is() -> None:
+    assert run_settings({"CKNIX_RESTRICT_EVAL": "no"}, None, restricted=True).restrict_eval
+    assert run_settings({"CKNIX_RESTRICT_EVAL": "yes"}, None).restrict_eval
 
 
 def test_the_command_line_comes_before_the_environment() -> None:
@@ -99,7 +113,16 @@ def test_a_blank_variable_is_as_good_as_none(blank: str) -> None:
         ("CKNIX_KUBELET_ROOT", "/k", "kubelet_root", Path("/k")),
         ("CKNIX_NAMESPACE", "infra", "namespace", "infra"),
         ("CKNIX_RPC_BUDGET", "20s", "rpc_budget", 20.0),
+        ("CKNIX_SIZE_LIMIT_DEFAULT", "1Gi", "sizes", SizePolicy(default=1 << 30)),
+        ("CKNIX_SIZE_LIMIT_MAX", "10G", "sizes", SizePolicy(maximum=10**10)),
+        ("CKNIX_KEEP_WARM", "16", "keep_warm", 16),
+        ("CKNIX_KEEP_WARM", "0", "keep_warm", 0),
+        ("CKNIX_KEEP_WARM_TIME", "1h", "keep_warm_seconds", 3600.0),
+        ("CKNIX_GC_LOW", "5Gi", "watermarks.low", Watermark(size=5 << 30)),
+        ("CKNIX_GC_LOW", "0", "watermarks.low", Watermark(size=0)),
+        ("CKNIX_GC_HIGH", "50%", "watermarks.high", Watermark(percent=50.0)),
         ("CKNIX_LOG_LEVEL", "DEBUG", "log_level", "debug"),
+        ("CKNIX_LOG_FORMAT", "Json", "log_format", "json"),
     ],
 )
 def test_a_node_reads_its_variables(name: str, text: str, field: str, value: Any) -> None:
@@ -150,6 +173,7 @@ def test_the_controller_reads_its_variables(name: str, text: str, field: str, va
         ("CKNIX_NAMESPACE", "x" * 64, "is not the name of a namespace"),
         ("CKNIX_RPC_BUDGET", "2m", "must be shorter than the 120 s that kubelet gives an RPC"),
         ("CKNIX_LOG_LEVEL", "loud", "is not one of debug, info, warning, error"),
+        ("CKNIX_LOG_FORMAT", "xml", "is not one of text, json"),
         ("CKNIX_CACHE_URL", "cache.example", "is not a URL; write for example http://cknix-cache.cknix-system.svc"),
         ("CKNIX_CACHE_URL", "http://a b", "is not a URL"),
         ("CKNIX_CACHE_LISTEN", "8080", "must be host:port, for example 0.0.0.0:8080"),
@@ -158,12 +182,47 @@ def test_the_controller_reads_its_variables(name: str, text: str, field: str, va
         ("CKNIX_MAX_BUILDS", "0", "must be a whole number of at least 1"),
         ("CKNIX_MAX_BUILDS", "1.5", "must be a whole number of at least 1"),
         ("CKNIX_MAX_BUILDS", "-1", "must be a whole number of at least 1"),
+        ("CKNIX_SIZE_LIMIT_DEFAULT", "10GB", "is not an amount of bytes; write for example 10Gi, 500Mi, 1.5G or 1e9"),
+        ("CKNIX_SIZE_LIMIT_MAX", "1Ki", "is too small; the limit is from 1Mi to 1Ti"),
+        ("CKNIX_GC_LOW", "little", "is neither a share of the disk, such as 10%, nor a size, such as 5Gi"),
+        ("CKNIX_GC_HIGH", "100%", "must be less than 100%"),
+        ("CKNIX_KEEP_WARM", "-1", "must be a whole number, at least 0"),
+        ("CKNIX_KEEP_WARM", "many", "must be a whole number, at least 0"),
+        ("CKNIX_KEEP_WARM_TIME", "0", "must be longer than nothing"),
     ],
 )
 def test_a_bad_variable_is_refused_with_its_reason(name: str, text: str, problem: str) -> None:
     [found] = problems({name: text})
     assert found.startswith(f"environment variable {name}: {text!r} ")
     assert problem in found
+
+
+def test_a_default_size_above_the_largest_is_refused_naming_both() -> None:
+    assert problems({"CKNIX_SIZE_LIMIT_DEFAULT": "2Gi", "CKNIX_SIZE_LIMIT_MAX": "1Gi"}) == {
+        "environment variable CKNIX_SIZE_LIMIT_DEFAULT: 2Gi is more than CKNIX_SIZE_LIMIT_MAX, which is 1Gi"
+    }
+
+
+@pytest.mark.parametrize(
+    ("environment", "low", "high"),
+    [
+        ({"CKNIX_GC_LOW": "30%", "CKNIX_GC_HIGH": "25%"}, "30%", "25%"),
+        ({"CKNIX_GC_LOW": "1Gi", "CKNIX_GC_HIGH": "1024Mi"}, "1Gi", "1Gi"),
+        ({"CKNIX_GC_LOW": "20%"}, "20%", "20%"),
+        ({"CKNIX_GC_HIGH": "10%"}, "15%", "10%"),
+    ],
+)
+def test_a_low_mark_that_is_not_below_the_high_one_is_refused_naming_both(
+    environment: dict[str, str], low: str, high: str
+) -> None:
+    assert problems(environment) == {
+        f"environment variable CKNIX_GC_LOW: {low} is not less than CKNIX_GC_HIGH, which is {high}"
+    }
+
+
+def test_a_mark_that_cannot_be_read_is_not_compared_as_well() -> None:
+    [problem] = problems({"CKNIX_GC_LOW": "lots", "CKNIX_GC_HIGH": "10%"})
+    assert "'lots' is neither" in problem
 
 
 def test_every_problem_is_told_at_once() -> None:

@@ -269,4 +269,5 @@ def kubelet_config(authority: Path, cgroup: str) -> Mapping[str, object]:
         "failSwapOn": False,
         "evictionHard": {"memory.available": "50Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
         "imageGCHighThresholdPercent": 100,
+        "volumeStatsAggPeriod": "5s",  # no test waits for a minute
     }

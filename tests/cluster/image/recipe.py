@@ -12,6 +12,7 @@ PYTHON = "3.13"  # the suite's
 PACKAGES = (
     "busybox-static",  # the demo package set's shell
     "ca-certificates",
+    "e2fsprogs",  # size limits of writable volumes
     "git",  # flakes
     "mount",
     "nix-bin",
