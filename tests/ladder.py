@@ -1,25 +1,36 @@
 """Climbs the rungs of the test ladder, from pure logic to a real cluster: ``python -m tests.ladder [RUNG…]``.
 
-Each rung is a pytest process of its own.  At the end it says how many tests ran on each, and what was skipped and why.
-With ``CI=true`` a skipped test, and a rung without tests, is a failure.
+Each rung is a pytest process of its own, and three run at a time, since much of a test is waiting.  At the end it says
+how many tests ran on each, and what was skipped and why.  With ``CI=true`` a skipped test, and a rung without tests, is
+a failure.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 RUNGS = ("unit", "kernel", "nix", "node", "api", "cluster")
 NEED_NIXES = {"nix", "node"}
 NEED_COMPONENTS = {"node", "api", "cluster"}
+NEED_PREPARATION = NEED_NIXES | NEED_COMPONENTS
+FAST_IN_MEMORY = {"nix"}
 TESTS = Path(__file__).parent
+AT_ONCE = 3
+LONGEST_FIRST = ("nix", "kernel", "cluster", "node", "api", "unit")
+"""So that one that computes runs beside those that wait."""
+MEMORY_NEEDED = 6 << 30
+_LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +51,42 @@ def main(wanted: Sequence[str]) -> int:
     rungs = [rung for rung in RUNGS if not wanted or rung in wanted]
     strict = os.environ.get("CI") == "true"
     started = time.monotonic()
-    preparation = _prepare(rungs)
-    results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="cknix-ladder-") as directory:
-        for rung in rungs:
-            if rung in NEED_NIXES | NEED_COMPONENTS and preparation is not None:
-                if preparation.wait() != 0:
-                    _report(results, time.monotonic() - started, strict)
-                    print("what the other rungs need could not be built; see above", file=sys.stderr)
-                    return 1
-                preparation = None
-            results.append(_climb(rung, Path(directory) / f"{rung}.xml"))
-    return _report(results, time.monotonic() - started, strict)
+        results, prepared = _climb_all(rungs, Path(directory), _prepare(rungs))
+    code = _report(results, time.monotonic() - started, strict)
+    if not prepared:
+        print("what the other rungs need could not be built; see above", file=sys.stderr)
+        return 1
+    return code
+
+
+def _climb_all(
+    rungs: Sequence[str], directory: Path, preparation: subprocess.Popen[bytes] | None
+) -> tuple[list[Result], bool]:
+    """What came of each of *rungs*, in their order, and whether all that they need could be prepared."""
+    waiting = sorted(rungs, key=LONGEST_FIRST.index)
+    running: dict[Future[Result], str] = {}
+    results: dict[str, Result] = {}
+    prepared = preparation is None
+    with ThreadPoolExecutor(AT_ONCE) as lanes:
+        while waiting or running:
+            if not prepared and preparation is not None and preparation.poll() is not None:
+                if preparation.returncode != 0:
+                    waiting = [rung for rung in waiting if rung not in NEED_PREPARATION]
+                    preparation = None
+                else:
+                    prepared = True
+            # Beside compilers there is no room for more.
+            free = (AT_ONCE if prepared or preparation is None else 1) - len(running)
+            for rung in [rung for rung in waiting if prepared or rung not in NEED_PREPARATION][:free]:
+                waiting.remove(rung)
+                running[lanes.submit(_climb, rung, directory, alone=len(rungs) == 1)] = rung
+            done, _ = wait(running, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                results[running.pop(future)] = future.result()
+            if not running:
+                time.sleep(_LOOK_SECONDS)
+    return [results[rung] for rung in rungs if rung in results], prepared
 
 
 def _prepare(rungs: Sequence[str]) -> subprocess.Popen[bytes] | None:
@@ -67,9 +102,11 @@ def _prepare(rungs: Sequence[str]) -> subprocess.Popen[bytes] | None:
     return subprocess.Popen(["sh", "-ec", script], cwd=TESTS.parent, stdin=subprocess.DEVNULL)
 
 
-def _climb(rung: str, report: Path) -> Result:
+def _climb(rung: str, directory: Path, *, alone: bool) -> Result:
+    """Run the tests of *rung*; what they print is shown at once when it is *alone*, else at its end."""
     print(f"\n━━━ {rung}", flush=True)
     started = time.monotonic()
+    report = directory / f"{rung}.xml"
     # -p no:cacheprovider: a clean clone stays clean.
     command = [
         sys.executable,
@@ -81,7 +118,20 @@ def _climb(rung: str, report: Path) -> Result:
         "-p",
         "no:cacheprovider",
     ]
-    code = subprocess.run(command, cwd=TESTS.parent, stdin=subprocess.DEVNULL, check=False).returncode
+    with ExitStack() as kept:
+        if rung in FAST_IN_MEMORY and _has_memory():
+            # A place where Nix and its sandbox hide nothing, unlike /dev/shm; it goes with its mount namespace.
+            memory = directory / "memory"
+            memory.mkdir()
+            mount = f'mount -t tmpfs -o mode=755 tmpfs {memory} && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-ec", mount, "sh", *command, f"--basetemp={memory}/tests"]
+        output = None if alone else kept.enter_context((directory / f"{rung}.out").open("w+b"))
+        code = subprocess.run(
+            command, cwd=TESTS.parent, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
+        ).returncode
+        if output is not None:
+            output.seek(0)
+            print(f"\n━━━ {rung}, at its end\n{output.read().decode(errors='replace')}", flush=True)
     seconds = time.monotonic() - started
     outcomes = _outcomes(report) if report.exists() else {}
     skipped = tuple(f"{name}: {reason}" for name, (outcome, reason) in outcomes.items() if outcome == "skipped")
@@ -91,6 +141,12 @@ def _climb(rung: str, report: Path) -> Result:
     if code not in {0, 5}:
         failed = max(failed, 1)
     return Result(rung, seconds, passed, failed, skipped)
+
+
+def _has_memory() -> bool:
+    """True where stores may be in memory: they are made and removed there in two thirds of the time."""
+    available = re.search(r"^MemAvailable: +([0-9]+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return os.geteuid() == 0 and available is not None and int(available[1]) * 1024 >= MEMORY_NEEDED
 
 
 def _outcomes(report: Path) -> dict[str, tuple[str, str]]:
