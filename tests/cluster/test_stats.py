@@ -46,7 +46,8 @@ def test_kubelets_summary_shows_what_volumes_use(installed: Cluster, applied: dr
         found.update(volumes(cluster, node))
         return "ro" in found and all(found.get(name, {}).get("usedBytes", 0) > 5_000_000 for name in ("rw", "limited"))
 
-    cluster.wait("kubelet tells what the volumes use", told, timeout=30)
+    # A size is counted anew after a minute: the first one may be from before the write.
+    cluster.wait("kubelet tells what the volumes use", told, timeout=150)
     size = closure_size(cluster, node, path)
     assert [found["ro"][key] for key in ("usedBytes", "capacityBytes", "availableBytes")] == [size, size, 0]
     assert found["rw"]["usedBytes"] < 6_000_000
