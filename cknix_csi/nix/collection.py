@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 _MAX_ERROR_CHARACTERS = 500
 _TRIES = 3
+_STRANGER = "reading symlink: File name too long"
+"""Nix looks at the open files of all processes, and fails when one of them has a path that is too long for it."""
+_STRANGER_SECONDS = 2.0
 # Nix keeps 8 MiB for the day on which a collection finds the disk full.  It would first fill them again, and then not
 # be able to open its database (Nix 2.8).
 _NO_RESERVE = ("--option", "gc-reserved-space", "0")
@@ -233,7 +236,14 @@ class Collector:
         return str(self._store.physical / os.path.basename(path))
 
     async def _nix_store(self, arguments: Sequence[str], errors: list[bytes]) -> process.Completed:
-        return await self._run(["nix-store", *arguments, "--store", self._store.uri, *_NO_RESERVE], errors)
+        command = ["nix-store", *arguments, "--store", self._store.uri, *_NO_RESERVE]
+        for _ in range(_TRIES - 1):
+            completed = await self._run(command, errors)
+            if completed.code == 0 or _STRANGER not in _text(errors):
+                return completed
+            await asyncio.sleep(_STRANGER_SECONDS)
+            errors.clear()
+        return await self._run(command, errors)
 
     async def _run(self, argv: Sequence[str], errors: list[bytes]) -> process.Completed:
         def keep(line: bytes) -> None:
