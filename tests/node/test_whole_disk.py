@@ -20,12 +20,12 @@ async def test_a_full_disk_is_said_and_nothing_left_on_it(
     await whole.publish("known", storePath=source.hello)  # and stays, so that there is no garbage to make room with
     before = whole.traces()
     filler = fill(whole.namespace.see(whole.data), left)
-    for _ in range(2):
-        code, message = await whole.refused(storePath=source.shapes)
-        assert code == "RESOURCE_EXHAUSTED"
-        assert "free space" in message
-        assert len(message) < 1000
-        await whole.eventually("it is as before", lambda: whole.traces() == before, lambda: "\n".join(whole.traces()))
+    # Once: by the next try a collection may have made room, with the reserve that Nix keeps.
+    code, message = await whole.refused(storePath=source.shapes)
+    assert code == "RESOURCE_EXHAUSTED"
+    assert "free space" in message
+    assert len(message) < 1000
+    await whole.eventually("it is as before", lambda: whole.traces() == before, lambda: "\n".join(whole.traces()))
     filler.unlink()
     assert source.shapes not in whole.registered_paths()
     require_exactly(await whole.publish(storePath=source.shapes), source, source.shapes)
