@@ -9,8 +9,7 @@ from tests.node.disks import fill, mount_small_disk
 from tests.node.whole import Source, WholeNode, require_exactly
 
 
-@pytest.mark.parametrize("left", [MEBIBYTE, 0])
-@pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
+@pytest.mark.parametrize(("kind", "left"), [("ext4", MEBIBYTE), ("ext4", 0), ("tmpfs", MEBIBYTE)])
 async def test_a_full_disk_is_said_and_nothing_left_on_it(
     whole: WholeNode, source: Source, kind: str, left: int
 ) -> None:
