@@ -10,7 +10,7 @@ from bench.bench import Bench
 from bench.daemon import Daemon, running
 from bench.figures import MS, median, percentile
 from bench.generate import provide_program
-from bench.volume import Node, first_publishes, further_publishes, node, volume_id
+from bench.volume import Node, first_publishes, further_publishes, node, republishes, volume_id
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix.store import Store
 
@@ -35,6 +35,8 @@ async def first(bench: Bench) -> None:
             known += spent
             bench.results.add(row, case.shape, f"of it {name}", spent * MS, "ms")
         bench.results.add(row, case.shape, "of it view and the rest", (median(seconds) - known) * MS, "ms")
+        again = await republishes(bench.room, case.store, case.root, bench.effort.firsts)
+        bench.results.add(row, case.shape, "median, such views just deleted", median(again) * MS, "ms")
 
 
 async def further(bench: Bench) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,7 +110,7 @@ class Node:
 @asynccontextmanager
 async def node(room: Room, store: Store) -> AsyncIterator[Node]:
     """A node that knows no closure yet.  The caller has unpublished everything when the block ends."""
-    path = room.scratch / "node"
+    path = room.scratch / f"node-{uuid.uuid4().hex}"
     (path / "data").mkdir(parents=True)
     stages = Stages()
     volumes = Volumes(path / "data", TimedClosures(store, stages), TimedMounts(stages))
@@ -122,18 +123,40 @@ async def node(room: Room, store: Store) -> AsyncIterator[Node]:
 
 
 async def first_publishes(room: Room, store: Store, root: StorePath, count: int) -> tuple[list[float], list[Stages]]:
-    """*count* publishes by nodes that have the closure in the store and no view of it, after one to warm up."""
+    """*count* publishes by nodes that have the closure in the store and no view of it, after one to warm up.
+
+    None is unpublished before all are measured.
+    """
     seconds: list[float] = []
     stages: list[Stages] = []
-    for _ in range(count + 1):
-        async with node(room, store) as fresh:
-            room.settle()  # or the publish waits for what was deleted before it
-            began = time.process_time()
-            seconds.append(await fresh.publish("first", root))
-            fresh.stages.seconds["CPU"] = time.process_time() - began
-            stages.append(fresh.stages)
-            await fresh.unpublish("first")
+    async with AsyncExitStack() as published:
+        for _ in range(count + 1):
+            fresh = await published.enter_async_context(node(room, store))
+            await _publish_first(room, fresh, root, seconds, stages)
+            published.push_async_callback(fresh.unpublish, "first")
     return seconds[1:], stages[1:]
+
+
+async def republishes(room: Room, store: Store, root: StorePath, count: int) -> list[float]:
+    """As :func:`first_publishes`, each right after the view of the one before has been deleted.
+
+    ext4 passes over inodes for minutes after it has freed them, one by one, for each that it gives out
+    (``recently_deleted`` in fs/ext4/ialloc.c).
+    """
+    seconds: list[float] = []
+    for _ in range(count):
+        async with node(room, store) as fresh:
+            await _publish_first(room, fresh, root, seconds, [])
+            await fresh.unpublish("first")
+    return seconds
+
+
+async def _publish_first(room: Room, fresh: Node, root: StorePath, seconds: list[float], stages: list[Stages]) -> None:
+    room.settle()  # or the publish waits for what was written or deleted before it
+    began = time.process_time()
+    seconds.append(await fresh.publish("first", root))
+    fresh.stages.seconds["CPU"] = time.process_time() - began
+    stages.append(fresh.stages)
 
 
 async def further_publishes(

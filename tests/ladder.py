@@ -1,8 +1,8 @@
 """Climbs the rungs of the test ladder, from pure logic to a real cluster: ``python -m tests.ladder [RUNG…]``.
 
-Each rung is a pytest process of its own, and three run at a time, since much of a test is waiting.  At the end it says
-how many tests ran on each, and what was skipped and why.  With ``CI=true`` a skipped test, and a rung without tests, is
-a failure.
+Each rung is a pytest process of its own, a long one two, and four run at a time, since much of a test is waiting.  At
+the end it says how many tests ran on each, and what was skipped and why.  With ``CI=true`` a skipped test, and a rung
+without tests, is a failure.
 """
 
 from __future__ import annotations
@@ -26,11 +26,36 @@ NEED_COMPONENTS = {"node", "api", "cluster"}
 NEED_PREPARATION = NEED_NIXES | NEED_COMPONENTS
 FAST_IN_MEMORY = {"nix"}
 TESTS = Path(__file__).parent
-AT_ONCE = 3
-LONGEST_FIRST = ("nix", "kernel", "cluster", "node", "api", "unit")
-"""So that one that computes runs beside those that wait."""
+AT_ONCE = 4
+HALVED = {"kernel", "node"}
+"""Rungs whose files can be shared out between two processes at little cost."""
+LONGEST_FIRST = ("nix", "cluster", "api", "node", "kernel", "unit")
+"""So that those that wait run beside those that compute, and none is left alone at the end."""
 MEMORY_NEEDED = 6 << 30
 _LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The share of *number* (from 0) of a rung's test files, of *count* shares."""
+
+    rung: str
+    number: int = 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        return self.rung if self.count == 1 else f"{self.rung}, {self.number + 1} of {self.count}"
+
+    @property
+    def slug(self) -> str:
+        return f"{self.rung}-{self.number}"
+
+    def paths(self) -> list[str]:
+        """What pytest is to run; shares of about the same size."""
+        if self.count == 1:
+            return [str(TESTS / self.rung)]
+        files = sorted((TESTS / self.rung).glob("**/test_*.py"), key=lambda file: (-file.stat().st_size, file))
+        return [str(file) for file in files[self.number :: self.count]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +89,48 @@ def _climb_all(
     rungs: Sequence[str], directory: Path, preparation: subprocess.Popen[bytes] | None
 ) -> tuple[list[Result], bool]:
     """What came of each of *rungs*, in their order, and whether all that they need could be prepared."""
-    waiting = sorted(rungs, key=LONGEST_FIRST.index)
-    running: dict[Future[Result], str] = {}
+    waiting = [part for rung in sorted(rungs, key=LONGEST_FIRST.index) for part in _parts(rung, alone=len(rungs) == 1)]
+    running: dict[Future[Result], Part] = {}
     results: dict[str, Result] = {}
     prepared = preparation is None
     with ThreadPoolExecutor(AT_ONCE) as lanes:
         while waiting or running:
             if not prepared and preparation is not None and preparation.poll() is not None:
                 if preparation.returncode != 0:
-                    waiting = [rung for rung in waiting if rung not in NEED_PREPARATION]
+                    waiting = [part for part in waiting if part.rung not in NEED_PREPARATION]
                     preparation = None
                 else:
                     prepared = True
             # Beside compilers there is no room for more.
             free = (AT_ONCE if prepared or preparation is None else 1) - len(running)
-            for rung in [rung for rung in waiting if prepared or rung not in NEED_PREPARATION][:free]:
-                waiting.remove(rung)
-                running[lanes.submit(_climb, rung, directory, alone=len(rungs) == 1)] = rung
+            for part in [part for part in waiting if prepared or part.rung not in NEED_PREPARATION][:free]:
+                waiting.remove(part)
+                running[lanes.submit(_climb, part, directory, alone=len(rungs) == 1)] = part
             done, _ = wait(running, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
-                results[running.pop(future)] = future.result()
+                rung, result = running.pop(future).rung, future.result()
+                results[rung] = result if rung not in results else _together(results[rung], result)
             if not running:
                 time.sleep(_LOOK_SECONDS)
     return [results[rung] for rung in rungs if rung in results], prepared
+
+
+def _parts(rung: str, *, alone: bool) -> list[Part]:
+    """Of a rung that is *alone* what it prints is shown as it comes, so it stays whole."""
+    files = list((TESTS / rung).glob("**/test_*.py"))
+    count = 2 if rung in HALVED and not alone and len(files) > 1 else 1
+    return [Part(rung, number, count) for number in range(count)]
+
+
+def _together(one: Result, other: Result) -> Result:
+    """Two parts of one rung."""
+    return Result(
+        one.rung,
+        one.seconds + other.seconds,
+        one.passed + other.passed,
+        one.failed + other.failed,
+        one.skipped + other.skipped,
+    )
 
 
 def _prepare(rungs: Sequence[str]) -> subprocess.Popen[bytes] | None:
@@ -102,17 +146,18 @@ def _prepare(rungs: Sequence[str]) -> subprocess.Popen[bytes] | None:
     return subprocess.Popen(["sh", "-ec", script], cwd=TESTS.parent, stdin=subprocess.DEVNULL)
 
 
-def _climb(rung: str, directory: Path, *, alone: bool) -> Result:
-    """Run the tests of *rung*; what they print is shown at once when it is *alone*, else at its end."""
-    print(f"\n━━━ {rung}", flush=True)
+def _climb(part: Part, directory: Path, *, alone: bool) -> Result:
+    """Run the tests of *part*; what they print is shown at once when it is *alone*, else at its end."""
+    print(f"\n━━━ {part}", flush=True)
     started = time.monotonic()
-    report = directory / f"{rung}.xml"
+    rung = part.rung
+    report = directory / f"{part.slug}.xml"
     # -p no:cacheprovider: a clean clone stays clean.
     command = [
         sys.executable,
         "-m",
         "pytest",
-        str(TESTS / rung),
+        *part.paths(),
         f"--junitxml={report}",
         "-q",
         "-p",
@@ -121,17 +166,17 @@ def _climb(rung: str, directory: Path, *, alone: bool) -> Result:
     with ExitStack() as kept:
         if rung in FAST_IN_MEMORY and _has_memory():
             # A place where Nix and its sandbox hide nothing, unlike /dev/shm; it goes with its mount namespace.
-            memory = directory / "memory"
+            memory = directory / f"memory-{part.slug}"
             memory.mkdir()
             mount = f'mount -t tmpfs -o mode=755 tmpfs {memory} && exec "$@"'
             command = ["unshare", "--mount", "sh", "-ec", mount, "sh", *command, f"--basetemp={memory}/tests"]
-        output = None if alone else kept.enter_context((directory / f"{rung}.out").open("w+b"))
+        output = None if alone else kept.enter_context((directory / f"{part.slug}.out").open("w+b"))
         code = subprocess.run(
             command, cwd=TESTS.parent, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
         ).returncode
         if output is not None:
             output.seek(0)
-            print(f"\n━━━ {rung}, at its end\n{output.read().decode(errors='replace')}", flush=True)
+            print(f"\n━━━ {part}, at its end\n{output.read().decode(errors='replace')}", flush=True)
     seconds = time.monotonic() - started
     outcomes = _outcomes(report) if report.exists() else {}
     skipped = tuple(f"{name}: {reason}" for name, (outcome, reason) in outcomes.items() if outcome == "skipped")

@@ -54,6 +54,12 @@ def test_kubectl_apply_names_what_is_misspelt_or_missing(server: Server, text: s
     assert field in str(refusal.value)
 
 
+async def test_a_refresh_that_is_no_duration_is_refused_for_that_alone(api: KubernetesApi) -> None:
+    with pytest.raises(ApiError) as refusal:
+        await dry_run(api, {"data": {"expr": "1"}, "refresh": "24hours"})
+    assert refusal.value.message.count("spec.refresh:") == 1, refusal.value.message
+
+
 async def test_the_history_has_a_default(api: KubernetesApi) -> None:
     assert (await dry_run(api, {"data": {"expr": "1"}}))["spec"]["historyLimit"] == 3
 

@@ -242,6 +242,7 @@ async def test_a_build_whose_nix_was_killed_does_not_block_the_next(room: Room) 
 # --- many at once ---
 
 
+@pytest.mark.one_nix
 async def test_two_builds_of_the_same_derivation_build_it_once(room: Room) -> None:
     expr = build("shared", "sleep 1; cat /proc/sys/kernel/random/uuid > $out")
     seen: list[list[Progress]] = [[], []]
@@ -253,6 +254,7 @@ async def test_two_builds_of_the_same_derivation_build_it_once(room: Room) -> No
     room.env.run("nix-store", "--verify-path", str(evaluation.result))
 
 
+@pytest.mark.one_nix
 async def test_eight_different_builds_at_once_all_succeed(room: Room) -> None:
     async with asyncio.timeout(120), asyncio.TaskGroup() as tasks:
         running = [
@@ -264,6 +266,7 @@ async def test_eight_different_builds_at_once_all_succeed(room: Room) -> None:
         assert room.is_valid(path)
 
 
+@pytest.mark.one_nix
 async def test_one_failure_of_many_is_told_of_the_one_that_failed(room: Room) -> None:
     good = " ".join(f"${{{build(f'good-{number}', f'echo good-{number}-says; echo x > $out')}}}" for number in range(3))
     message = await failed(room, build("bad", f": {good}; echo bad-says-why; exit 9"))

@@ -178,6 +178,7 @@ def test_the_signature_stays_with_the_path_so_that_a_node_can_pass_it_on(
     assert_whole(second, source, source.result)
 
 
+@pytest.mark.one_nix
 def test_twenty_nodes_at_once_get_it_whole(client: MakeClient, cache: Served, source: Source) -> None:
     nodes = [client(cache.url) for _ in range(20)]
     with ThreadPoolExecutor(len(nodes)) as threads:
@@ -300,6 +301,7 @@ def test_a_cache_that_is_down_fails_within_seconds_and_by_name(client: MakeClien
     assert f"unable to download '{url}/nix-cache-info'" in run.stderr
 
 
+@pytest.mark.one_nix
 def test_a_cache_that_was_killed_is_used_again_once_it_is_back(
     client: MakeClient, source: Source, tmp_path: Path
 ) -> None:
@@ -399,6 +401,7 @@ def plant(tree: object, at: bytes) -> None:
             os.chmod(at, 0o755 if executable else 0o644)
 
 
+@pytest.mark.one_nix
 def test_a_dump_is_nixs_dump_byte_for_byte(nix: NixVersion, tmp_path: Path) -> None:
     env = NixEnv(nix, tmp_path / "env")
     count = 0
@@ -420,6 +423,7 @@ def test_a_dump_is_nixs_dump_byte_for_byte(nix: NixVersion, tmp_path: Path) -> N
     assert count >= 60
 
 
+@pytest.mark.one_nix
 def test_a_dump_of_all_modes_of_a_file_is_nixs(nix: NixVersion, tmp_path: Path) -> None:
     env = NixEnv(nix, tmp_path / "env")
     tree = tmp_path / "tree"
@@ -433,6 +437,7 @@ def test_a_dump_of_all_modes_of_a_file_is_nixs(nix: NixVersion, tmp_path: Path) 
     assert b"".join(nar.dump(tree)) == oracle.stdout
 
 
+@pytest.mark.one_nix
 def test_base32_is_nixs_for_the_lengths_that_nix_has(nix_env: NixEnv) -> None:
     for algorithm in ("md5", "sha1", "sha256", "sha512"):
         for data in (b"", b"a", b"cknix"):

@@ -123,6 +123,7 @@ def test_outputs_are_paths_of_their_own(demo: Demo) -> None:
     assert demo.execute(f"{out}/bin/multi") == "the library\n"
 
 
+@pytest.mark.one_nix
 def test_shapes_has_every_kind_of_content(demo: Demo) -> None:
     path = demo.build("shapes")
     here = demo.env.physical(path)
@@ -164,12 +165,14 @@ def test_equal_files_of_shapes_become_one_file(demo: Demo) -> None:
     assert len({file.stat().st_ino for file in same.iterdir()}) == 1
 
 
+@pytest.mark.one_nix
 @pytest.mark.parametrize("shape", ["chain", "chainFast", "wide", "wideFast"])
 @pytest.mark.parametrize("count", [2, 7])
 def test_a_closure_has_as_many_paths_as_asked_for(demo: Demo, shape: str, count: int) -> None:
     assert len(demo.closure(demo.build(f"{shape} {count}"))) == count
 
 
+@pytest.mark.one_nix
 @pytest.mark.parametrize("shape", ["chainFast", "wideFast"])
 def test_a_closure_of_hundreds_of_paths_is_one_build(demo: Demo, shape: str) -> None:
     drv = demo.instantiate(f"{shape} 300")

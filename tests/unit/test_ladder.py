@@ -44,7 +44,7 @@ class Ladder:
         (directory / "tests").mkdir()
         (directory / "tests/__init__.py").touch()
         shutil.copy(tests.ladder.__file__, directory / "tests")
-        (directory / "pytest.ini").write_text("[pytest]\naddopts = -p no:asyncio -p no:hypothesispytest\n")
+        (directory / "pytest.ini").write_text("[pytest]\n\n")
 
     def rung(self, name: str, *texts: str) -> None:
         directory = self.directory / "tests" / name
@@ -61,6 +61,7 @@ class Ladder:
 
     def climb(self, *rungs: str, ci: bool = False) -> subprocess.CompletedProcess[str]:
         environ = {name: value for name, value in os.environ.items() if name != "CI" and not name.startswith("PYTEST")}
+        environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         if ci:
             environ["CI"] = "true"
         command = [sys.executable, "-m", "tests.ladder", *rungs]
@@ -83,6 +84,16 @@ def test_every_test_is_counted_once_and_the_last_line_tells(ladder: Ladder) -> N
     table = [line.split()[:4] for line in ran.stdout.splitlines() if line.startswith(("unit ", "kernel "))]
     assert table == [["unit", "1", "2", "1"], ["kernel", "1", "0", "0"]]
     assert "SKIPPED on unit: tests.unit.test_unit_2::test_skips: no moon tonight" in ran.stdout
+
+
+def test_a_long_rung_runs_in_two_halves_and_is_told_as_one(ladder: Ladder) -> None:
+    ladder.rung("unit", PASS)
+    ladder.rung("kernel", PASS, FAIL, PASS, SKIP, PASS)
+    ran = ladder.climb("unit", "kernel")
+    assert "━━━ kernel, 1 of 2" in ran.stdout
+    assert "━━━ kernel, 2 of 2" in ran.stdout
+    table = [line.split()[:4] for line in ran.stdout.splitlines() if line.startswith("kernel ")]
+    assert table == [["kernel", "3", "1", "1"]]
 
 
 @pytest.mark.parametrize(("ci", "code"), [(False, 0), (True, 1)])
