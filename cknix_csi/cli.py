@@ -40,7 +40,13 @@ def parser() -> argparse.ArgumentParser:
         help="mount closures for the pods of this node (in a DaemonSet)",
         description="The CSI node plugin csi.cknix.cool: fetches exact store paths and mounts them for kubelet.",
     )
-    for role in (controller, node):
+    provisioner = commands.add_parser(
+        "provisioner",
+        allow_abbrev=False,
+        help="make volumes for PersistentVolumeClaims (in a Deployment, beside external-provisioner)",
+        description="The CSI controller plugin csi.cknix.cool: volumes of StorageClasses, which are a record each.",
+    )
+    for role in (controller, node, provisioner):
         role.add_argument(
             "--log-format",
             choices=("text", "json"),
@@ -146,6 +152,10 @@ def _run(options: argparse.Namespace) -> int:
         from cknix_csi.serve import node  # noqa: PLC0415
 
         return node(_environment(options))
+    if options.command == "provisioner":
+        from cknix_csi.serve import provisioner  # noqa: PLC0415
+
+        return provisioner(_environment(options))
     if options.command == "probe":
         from cknix_csi.run import probing  # noqa: PLC0415
 
@@ -173,6 +183,16 @@ def _run(options: argparse.Namespace) -> int:
     )
 
 
+def _told(problem: str) -> str:
+    """*problem*; before a log of many lines the one that says why."""
+    from cknix_csi.nix.log import headline  # noqa: PLC0415
+
+    if "\n" not in problem.strip():
+        return problem
+    first = headline(problem)
+    return problem if problem.startswith(first) else f"{first}\n\n{problem}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     options = _parse(arguments)
@@ -187,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger("cknix").debug("stopped", exc_info=True)
         problems = getattr(error, "problems", None) or [error.message]
         for problem in problems:
-            print(f"cknix-csi {options.command}: {problem}", file=sys.stderr)
+            print(f"cknix-csi {options.command}: {_told(str(problem))}", file=sys.stderr)
         return EXIT_USAGE if error.reason.startswith("Invalid") else 1
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cknix_csi import __version__, logs
@@ -18,14 +19,17 @@ from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.nix import Nix, NixOptions, has_build_users
 from cknix_csi.nix.residence import clear_out, move_in
 from cknix_csi.nix.store import Store
+from cknix_csi.privileges import CONTROLLER_KEEPS, NODE_KEEPS, give_up_all_but
 from cknix_csi.settings import (
     CONTROLLER,
     DRIVER_NAME,
     ControllerSettings,
     NixSettings,
     NodeSettings,
+    ProvisionerSettings,
     controller_settings,
     node_settings,
+    provisioner_settings,
 )
 
 # A predecessor may still be stopping its builds.
@@ -39,6 +43,8 @@ def controller(environment: Mapping[str, str]) -> int:
     settings = controller_settings(environment)
     logs.set_up(settings.log_level, settings.log_format)
     _log.info("cknix %s controller, data root %s", __version__, settings.nix.data_root)
+    if not settings.keep_capabilities:
+        give_up_all_but(CONTROLLER_KEEPS)
     asyncio.run(_until_stopped(lambda stop: _controller(settings, stop)))
     return 0
 
@@ -48,7 +54,18 @@ def node(environment: Mapping[str, str]) -> int:
     settings = node_settings(environment)
     logs.set_up(settings.log_level, settings.log_format)
     _log.info("cknix %s on node %s, data root %s", __version__, settings.node_name, settings.nix.data_root)
+    if not settings.keep_capabilities:
+        give_up_all_but(NODE_KEEPS)
     asyncio.run(_until_stopped(lambda stop: _node(settings, stop)))
+    return 0
+
+
+def provisioner(environment: Mapping[str, str]) -> int:
+    """Serve volumes for claims until SIGTERM; returns the exit code.  Raises ``Invalid`` for bad settings."""
+    settings = provisioner_settings(environment)
+    logs.set_up(settings.log_level, settings.log_format)
+    _log.info("cknix %s provisioner, records in namespace %s", __version__, settings.namespace)
+    asyncio.run(_until_stopped(lambda stop: _provisioner(settings, stop)))
     return 0
 
 
@@ -71,6 +88,7 @@ async def _controller(settings: ControllerSettings, stop: asyncio.Event) -> None
     from cknix_csi.controller.ports import Dependencies, Options  # noqa: PLC0415
     from cknix_csi.csi.housekeeping import Housekeeping  # noqa: PLC0415
     from cknix_csi.kube.client import connect  # noqa: PLC0415
+    from cknix_csi.monitoring import ControllerMonitoring  # noqa: PLC0415
     from cknix_csi.nix.cache.server import serve_cache  # noqa: PLC0415
     from cknix_csi.nix.cache.signing import KeyPair, generate_key  # noqa: PLC0415
     from cknix_csi.nix.evaluations import HeldEvaluations  # noqa: PLC0415
@@ -81,21 +99,26 @@ async def _controller(settings: ControllerSettings, stop: asyncio.Event) -> None
     if not has_build_users():
         _log.warning("there is no group nixbld with members: builds run as root, and can change their inputs")
 
+    roots = GcRoots(nix.store, "expressions", outlasting=True)
+    monitoring = ControllerMonitoring(settings.nix.data_root)
     housekeeping = Housekeeping(
-        store=Collector(nix.store, settings.nix.data_root / "home"), watermarks=settings.watermarks
+        store=monitoring.measured(Collector(nix.store, settings.nix.data_root / "home")),
+        watermarks=settings.watermarks,
+        released=lambda: roots.removed,
     )
     held = HeldEvaluations(nix, housekeeping.out_of_space)
     await held.start()
 
     def serve(key: KeyPair) -> Coroutine[Any, Any, None]:
-        return serve_cache(nix.store, key, host=settings.cache_host, port=settings.cache_port)
+        host, port = settings.cache_host, settings.cache_port
+        return serve_cache(nix.store, key, host=host, port=port, observer=monitoring.cache)
 
     async with connect() as api:
         dependencies = Dependencies(
             api=api,
             nix=held,
             closures=StoreClosures(nix.store),
-            roots=GcRoots(nix.store, "expressions"),
+            roots=roots,
             serve_cache=serve,
             generate_key=generate_key,
             options=Options(
@@ -105,22 +128,28 @@ async def _controller(settings: ControllerSettings, stop: asyncio.Event) -> None
                 systems=(settings.nix.system,),
                 max_builds=settings.max_builds,
             ),
+            metrics=monitoring.metrics,
+            metrics_page=monitoring.exposition.page,
         )
         instance = os.environ.get("HOSTNAME", "cknix-controller")
-        await _beside([housekeeping.run()], run_controller(dependencies, stop, instance=instance))
+        helpers = [housekeeping.run(), monitoring.exposition.watch_loop()]
+        await _beside(helpers, run_controller(dependencies, stop, instance=instance))
 
 
 async def _node(settings: NodeSettings, stop: asyncio.Event) -> None:
     from cknix_csi.csi.closures import ClosureService  # noqa: PLC0415 - a controller needs no gRPC
     from cknix_csi.csi.daemon import NodeDependencies, run_node  # noqa: PLC0415
     from cknix_csi.csi.housekeeping import Housekeeping  # noqa: PLC0415
+    from cknix_csi.csi.measured import MeasuredFetcher  # noqa: PLC0415
     from cknix_csi.csi.remembered import RememberedResults  # noqa: PLC0415
+    from cknix_csi.csi.storepaths import StorePathRule  # noqa: PLC0415
     from cknix_csi.kube.cacheconfig import CacheConfig  # noqa: PLC0415
     from cknix_csi.kube.client import connect  # noqa: PLC0415
     from cknix_csi.kube.controllerplace import follow_controller  # noqa: PLC0415
     from cknix_csi.kube.events import EventRecorder  # noqa: PLC0415
     from cknix_csi.kube.expressions import ExpressionWatch  # noqa: PLC0415
     from cknix_csi.kube.pods import PodEvents, PodWatch  # noqa: PLC0415
+    from cknix_csi.monitoring import NodeMonitoring  # noqa: PLC0415
     from cknix_csi.nix.fetcher import StoreFetcher  # noqa: PLC0415
     from cknix_csi.volumes.ledger import FILE, Ledger  # noqa: PLC0415
     from cknix_csi.volumes.volumes import Volumes  # noqa: PLC0415
@@ -128,34 +157,47 @@ async def _node(settings: NodeSettings, stop: asyncio.Event) -> None:
 
     data_root = settings.nix.data_root
     data_root.mkdir(parents=True, exist_ok=True)
+    _close_to_others(data_root / "state")
     nix = nix_of(settings.nix)
     keep_warm = Warm(settings.keep_warm, settings.keep_warm_seconds)
-    volumes = Volumes(data_root, StoreClosures(nix.store), keep_warm=keep_warm)
+    closures = StoreClosures(nix.store)
+    volumes = Volumes(data_root, closures, keep_warm=keep_warm)
     ledger = Ledger(data_root / FILE)
+    monitoring = NodeMonitoring(data_root, volumes, ledger)
     housekeeping = Housekeeping(
-        store=Collector(nix.store, data_root / "home"), uses=ledger, volumes=volumes, watermarks=settings.watermarks
+        store=monitoring.measured(Collector(nix.store, data_root / "home")),
+        uses=ledger,
+        volumes=volumes,
+        watermarks=settings.watermarks,
+        released=lambda: closures.released,
     )
     try:
-        async with connect() as api:
+        async with monitoring.served(settings.metrics), connect() as api:
             config = CacheConfig(api, settings.namespace, data_root / "state/cache.json")
             watch = ExpressionWatch(api)
             pods = PodWatch(api, settings.node_name)
             events = EventRecorder(api, component="cknix-node", instance=settings.node_name)
+            fetcher = StoreFetcher(nix, config.endpoints, fetched=monitoring.metrics.fetched_bytes)
+            fetching = ClosureService(MeasuredFetcher(fetcher, monitoring.metrics), housekeeping)
+            monitoring.metrics.show_fetches(fetching.count)
             dependencies = NodeDependencies(
                 node_id=settings.node_name,
                 system=settings.nix.system,
                 endpoint=settings.endpoint,
                 registration=settings.kubelet_root / "plugins_registry" / f"{DRIVER_NAME}-reg.sock",
                 volumes=volumes,
-                closures=ClosureService(StoreFetcher(nix, config.endpoints), housekeeping.out_of_space),
+                closures=fetching,
                 expressions=watch,
                 budget=settings.rpc_budget,
                 sizes=settings.sizes,
+                store_paths=StorePathRule(settings.store_paths, watch),
                 pods=pods,
                 events=PodEvents(events),
                 remembered=RememberedResults(data_root / "state/results.json", settings.nix.system),
                 ledger=ledger,
-                out_of_space=housekeeping.out_of_space,
+                room=housekeeping,
+                metrics=monitoring.metrics,
+                readiness=monitoring.readiness,
             )
 
             async def keep_room() -> None:
@@ -172,12 +214,30 @@ async def _node(settings: NodeSettings, stop: asyncio.Event) -> None:
                     pods.run(),
                     events.run(),
                     keep_room(),
+                    monitoring.exposition.watch_loop(),
                     follow_controller(api, settings.namespace, clear_out_controller),
                 ],
                 run_node(dependencies, stop),
             )
     finally:
         await volumes.close()
+
+
+async def _provisioner(settings: ProvisionerSettings, stop: asyncio.Event) -> None:
+    from cknix_csi.csi.provisioner import run_provisioner  # noqa: PLC0415 - a controller needs no gRPC
+    from cknix_csi.kube.client import connect  # noqa: PLC0415
+
+    async with connect() as api:
+        await run_provisioner(api, namespace=settings.namespace, endpoint=settings.endpoint, stop=stop)
+
+
+def _close_to_others(directory: Path) -> None:
+    """Make *directory*, or take what rights others have there; volumes need neither."""
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        directory.chmod(0o700)
+    except OSError as error:
+        _log.warning("%s cannot be had for this process alone: %s", directory, error.strerror)
 
 
 async def _beside(helpers: Sequence[Coroutine[Any, Any, None]], work: Coroutine[Any, Any, None]) -> None:

@@ -18,6 +18,7 @@ from cknix_csi import logs
 from cknix_csi.api.durations import parse_duration
 from cknix_csi.api.errors import Invalid, Problem
 from cknix_csi.api.limits import Limit, SizePolicy
+from cknix_csi.api.policies import StorePaths
 from cknix_csi.api.quantity import format_quantity, parse_quantity
 from cknix_csi.api.systems import KNOWN_SYSTEMS, system_of_machine
 from cknix_csi.api.watermarks import Watermark, Watermarks
@@ -30,6 +31,8 @@ CONTROLLER = "controller"
 """Below a node's data root: the controller's, while it runs on that node."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
+_STORE_PATHS = tuple(policy.value for policy in StorePaths)
+_METRICS: tuple[str, int] | None = ("0.0.0.0", 9808)  # noqa: S104 - a pod's own network namespace
 _KUBELET_SECONDS = 120
 _MAX_SECONDS = 366 * 86_400
 # sizeof(sockaddr_un.sun_path) without the final NUL: unix(7).
@@ -61,11 +64,17 @@ class NodeSettings:
     """Seconds an RPC waits for work before it answers "in progress"; kubelet gives it 120."""
     sizes: SizePolicy
     """How much writable volumes may hold."""
+    store_paths: StorePaths
+    """Which ones pods may name."""
     keep_warm: int
     """How many views stay when their last pod is gone; 0 for none."""
     keep_warm_seconds: float
     watermarks: Watermarks
     """Of the data root's disk."""
+    keep_capabilities: bool
+    """Give up none of root's powers, where those that are needed may be others than we know."""
+    metrics: tuple[str, int] | None
+    """Host and port of metrics and health; None for nowhere."""
     log_level: str
     log_format: str
 
@@ -81,6 +90,18 @@ class ControllerSettings:
     max_builds: int
     watermarks: Watermarks
     """Of the data root's disk."""
+    keep_capabilities: bool
+    """Give up none of root's powers, where those that are needed may be others than we know."""
+    log_level: str
+    log_format: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProvisionerSettings:
+    endpoint: Path
+    """The CSI socket that external-provisioner looks for."""
+    namespace: str
+    """Where the records of volumes are, and nothing else."""
     log_level: str
     log_format: str
 
@@ -96,9 +117,12 @@ def node_settings(environment: Mapping[str, str]) -> NodeSettings:
         namespace=read("CKNIX_NAMESPACE", _namespace, "cknix-system"),
         rpc_budget=read("CKNIX_RPC_BUDGET", _rpc_budget, 100.0),
         sizes=_sizes(read),
+        store_paths=StorePaths(read("CKNIX_STORE_PATHS", _choice(_STORE_PATHS), StorePaths.ALLOW.value)),
         keep_warm=read("CKNIX_KEEP_WARM", _count, 0),
         keep_warm_seconds=read("CKNIX_KEEP_WARM_TIME", _seconds, 600.0),
         watermarks=_watermarks(read),
+        keep_capabilities=_keep_capabilities(read),
+        metrics=read("CKNIX_METRICS_LISTEN", _listen_or_off, _METRICS),
         log_level=_log_level(read),
         log_format=_log_format(read),
     )
@@ -120,6 +144,20 @@ def controller_settings(environment: Mapping[str, str]) -> ControllerSettings:
         cache_port=port,
         max_builds=read("CKNIX_MAX_BUILDS", _positive, 4),
         watermarks=_watermarks(read),
+        keep_capabilities=_keep_capabilities(read),
+        log_level=_log_level(read),
+        log_format=_log_format(read),
+    )
+    read.finish()
+    return settings
+
+
+def provisioner_settings(environment: Mapping[str, str]) -> ProvisionerSettings:
+    """Raises :class:`Invalid` with every problem."""
+    read = _Reader(environment)
+    settings = ProvisionerSettings(
+        endpoint=read("CSI_ENDPOINT", _endpoint, Path("/run/csi/csi.sock")),
+        namespace=read("CKNIX_VOLUMES_NAMESPACE", _namespace, "cknix-volumes"),
         log_level=_log_level(read),
         log_format=_log_format(read),
     )
@@ -202,6 +240,10 @@ def _watermarks(read: _Reader) -> Watermarks:
     except ValueError:
         read.refuse("CKNIX_GC_LOW", f"{low} is not less than CKNIX_GC_HIGH, which is {high}")
         return default
+
+
+def _keep_capabilities(read: _Reader) -> bool:
+    return read("CKNIX_KEEP_CAPABILITIES", _boolean, default=False)
 
 
 def _log_level(read: _Reader) -> str:
@@ -308,6 +350,15 @@ def _listen(text: str) -> tuple[str, int]:
     if not colon or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
         raise ValueError("must be host:port, for example 0.0.0.0:8080")
     return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104
+
+
+def _listen_or_off(text: str) -> tuple[str, int] | None:
+    if text.lower() == "off":
+        return None
+    try:
+        return _listen(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, or off") from None
 
 
 def _choice(known: tuple[str, ...]) -> Callable[[str], str]:

@@ -107,6 +107,7 @@ py.buildPythonApplication {
     py.aiosqlite
     py.cryptography
     py.grpclib
+    py.prometheus-client
     py.protobuf
     py.pyyaml
   ];

@@ -52,6 +52,16 @@ def format_quantity(amount: int) -> str:
     return str(amount)
 
 
+def readable_size(amount: int) -> str:
+    """*amount* bytes for people, rounded: ``3.4 GiB``, ``17 B``."""
+    value, unit = float(amount), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{amount} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
 def _factor(suffix: str, exponent: str | None) -> Fraction:
     if exponent is not None:
         return Fraction(10) ** max(-_BIGGEST_EXPONENT, min(int(exponent), _BIGGEST_EXPONENT))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
 
 STORE_DIR = "/nix/store"
 HASH_LENGTH = 32
@@ -26,8 +27,7 @@ _DOT_NAME = re.compile(r"\.{1,2}(-.*)?")
 class InvalidStorePath(CknixError, ValueError):
     """Text that is not a store path; the message says what is wrong with it."""
 
-    code = Code.INVALID_ARGUMENT
-    reason = "InvalidStorePath"
+    situation = Situation.INVALID_STORE_PATH
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -9,6 +9,7 @@ from functools import partial
 from cknix_csi.controller.ending import let_go_at_last
 from cknix_csi.controller.health import alive
 from cknix_csi.controller.key import publish_config, with_key
+from cknix_csi.controller.measured import MeasuredNix
 from cknix_csi.controller.nodes import ClusterSystems
 from cknix_csi.controller.operator import Operator
 from cknix_csi.controller.ports import Dependencies
@@ -18,6 +19,7 @@ from cknix_csi.controller.supervisor import Supervisor
 from cknix_csi.kube.api import Api
 from cknix_csi.kube.events import EventRecorder
 from cknix_csi.kube.lease import FencedApi, Lease
+from cknix_csi.metrics.ports import State
 from cknix_csi.nix.cache.signing import KeyPair
 
 COMPONENT = "cknix-controller"
@@ -50,7 +52,7 @@ async def _work(dependencies: Dependencies, instance: str) -> None:
     """Take turns with other controllers, for ever."""
     options = dependencies.options
     lease = Lease(dependencies.api, options.namespace, LEASE, instance, timing=options.lease, now=dependencies.now)
-    async with alive(options.health):
+    async with alive(options.health, dependencies.metrics_page):
         while True:
             await lease.acquire()
             await _lead(dependencies, instance, lease)
@@ -62,19 +64,22 @@ async def _lead(dependencies: Dependencies, instance: str, lease: Lease) -> None
     options = dependencies.options
     api = FencedApi(dependencies.api, lease)
     events = EventRecorder(api, component=COMPONENT, instance=instance, now=dependencies.now)
+    queue = BuildQueue(options.max_builds)
     supervisor = Supervisor(
         Services(
             api=api,
-            nix=dependencies.nix,
+            nix=MeasuredNix(dependencies.nix, dependencies.metrics),
             closures=dependencies.closures,
             roots=dependencies.roots,
-            queue=BuildQueue(options.max_builds),
+            queue=queue,
             cluster=ClusterSystems(api),
             events=events,
             options=options,
             now=dependencies.now,
+            metrics=dependencies.metrics,
         )
     )
+    dependencies.metrics.lead(lambda: State(supervisor.phases(), waiting=queue.waiting, served=queue.served))
     try:
         async with asyncio.TaskGroup() as tasks:
             working = [
@@ -96,6 +101,7 @@ async def _lead(dependencies: Dependencies, instance: str, lease: Lease) -> None
         # One failure ends the others; it is the news, not that there was a group.
         raise _first(group) from group
     finally:
+        dependencies.metrics.lead(None)
         await lease.release()
 
 

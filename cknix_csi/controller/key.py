@@ -13,7 +13,8 @@ from collections.abc import Callable, Coroutine
 from secrets import token_hex
 from typing import Any, NoReturn
 
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
 from cknix_csi.kube import cacheconfig, controllerplace
 from cknix_csi.kube.api import APPLY_PATCH, CONFLICT, NOT_FOUND, Api, ApiError, Json, core
 from cknix_csi.kube.backoff import Backoff
@@ -36,8 +37,7 @@ _log = logging.getLogger(__name__)
 class MalformedKey(CknixError):
     """The Secret is there but does not hold a key pair."""
 
-    code = Code.FAILED_PRECONDITION
-    reason = "MalformedKey"
+    situation = Situation.MALFORMED_KEY
 
 
 async def ensure_key(api: Api, namespace: str, generate: Callable[[str], KeyPair]) -> KeyPair:

@@ -13,6 +13,8 @@ from cknix_csi.api.progress import Progress
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.kube.api import Api
 from cknix_csi.kube.lease import Timing
+from cknix_csi.metrics.pages import Page
+from cknix_csi.metrics.ports import ControllerMetrics
 from cknix_csi.nix.cache.signing import KeyPair
 from cknix_csi.nix.nix import Evaluation
 
@@ -65,7 +67,7 @@ class Options:
     """Seconds before the first retry after a failure of the infrastructure; then growing, jittered."""
     retry_cap: float = 300.0
     health: tuple[str, int] | None = ("0.0.0.0", 8081)  # noqa: S104 - a pod's own network namespace
-    """Host and port of ``/livez``."""
+    """Host and port of ``/livez`` and ``/metrics``."""
     lease: Timing = field(default_factory=Timing)
     """How two controllers take turns."""
 
@@ -83,3 +85,7 @@ class Dependencies:
     generate_key: Callable[[str], KeyPair]
     options: Options
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    metrics: ControllerMetrics = field(default_factory=ControllerMetrics)
+    """Told of the work."""
+    metrics_page: Page | None = None
+    """What ``/metrics`` gives; None: there is none."""

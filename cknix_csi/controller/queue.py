@@ -34,6 +34,16 @@ class BuildQueue:
         self._turns = 0
         self._last_turn: dict[str, int] = {}
 
+    @property
+    def waiting(self) -> int:
+        """How many wait for a slot."""
+        return len(self._waiters)
+
+    @property
+    def served(self) -> int:
+        """How many hold one."""
+        return self._held
+
     @asynccontextmanager
     async def slot(self, group: str, moved: Callable[[int], None]) -> AsyncIterator[None]:
         """Hold a slot during the block.

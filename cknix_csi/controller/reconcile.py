@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
@@ -26,6 +26,7 @@ from cknix_csi.api.errors import (
 )
 from cknix_csi.api.expression import BUILT, EVALUATED, GROUP, PUBLISHED, SUCCEEDED, Spec
 from cknix_csi.api.progress import Progress, humanise
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.controller import status as states
 from cknix_csi.controller.nodes import ClusterSystems
@@ -37,6 +38,8 @@ from cknix_csi.controller.writer import StatusWriter, Superseded
 from cknix_csi.kube.api import Api
 from cknix_csi.kube.backoff import Backoff
 from cknix_csi.kube.events import EventRecorder, Subject
+from cknix_csi.metrics.ports import ControllerMetrics
+from cknix_csi.nix.fetcherrors import PathCollected
 from cknix_csi.nix.nix import Evaluation
 
 REBUILD_ANNOTATION = f"{GROUP}/rebuild"
@@ -64,6 +67,7 @@ class Services:
     events: EventRecorder
     options: Options
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    metrics: ControllerMetrics = field(default_factory=ControllerMetrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +207,7 @@ class Reconciliation:
         if not possible:
             raise EvaluationFailed(
                 f"this controller builds for {', '.join(own)}, but not for {left_out}; change spec.systems",
-                reason="NoBuildableSystem",
+                Situation.NO_BUILDABLE_SYSTEM,
             )
         note = f"; not built for {left_out}: this controller builds for {', '.join(own)}" if left_out else ""
         return _primary_first(possible, own[0], explicit=bool(spec.systems)), note
@@ -245,6 +249,8 @@ class Reconciliation:
         results = []
         for system, evaluation in evaluations.items():
             closure = await self._services.closures.query(evaluation.result)
+            if not await self._services.closures.is_valid(evaluation.result):
+                raise PathCollected(evaluation.result)
             results.append(Result(system, evaluation.result, closure.nar_size, len(closure.paths)))
         return results
 
@@ -253,6 +259,7 @@ class Reconciliation:
         self._show(replace(status, progress=None), message=states.told(error.message, reason=error.reason))
         # One line: the log is in the status, which is shown beside it.
         self._event("Warning", error.reason, states.headline(error.message))
+        self._services.metrics.failure(error.reason)
         await self._writer.flush()
         await self._sync_roots()
 
@@ -269,8 +276,9 @@ class Reconciliation:
         status = status.with_step(self._step, "Unknown", states.RETRYING, said, self._services.now())
         message = states.told(said, then=f"trying again in {humanise(delay)}")
         self._show(replace(status, progress=None), message=message)
-        reason = error.reason if isinstance(error, CknixError) else "InternalError"
+        reason = error.reason if isinstance(error, CknixError) else Situation.INTERNAL_ERROR.reason
         self._event("Warning", reason, states.headline(said))
+        self._services.metrics.failure(reason)
 
     def _queued(self, ahead: int) -> None:
         others = "" if not ahead else f", {ahead} ahead" if ahead < 10 else f", more than {ahead} ahead"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,10 @@ class Supervisor:
         task = self._tasks.create_task(self._work(wanted, known.memory, before), name=f"expression {uid}")
         known.tasks.add(task)
         task.add_done_callback(known.tasks.discard)
+
+    def phases(self) -> Mapping[str, int]:
+        """How many Expressions are in which phase."""
+        return Counter(known.memory.status.phase for known in self._known.values())
 
     async def release(self, subject: Subject) -> None:
         """The Expression is being deleted: its work ends, its roots go.  Raises OSError when they cannot."""

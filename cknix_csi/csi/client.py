@@ -9,7 +9,8 @@ from pathlib import Path
 from grpclib.client import Channel
 from grpclib.exceptions import GRPCError
 
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
 from cknix_csi.proto.csi_grpc import NodeStub
 from cknix_csi.proto.csi_pb2 import NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability
 
@@ -40,10 +41,6 @@ async def published(
         finally:
             await node.NodeUnpublishVolume(NodeUnpublishVolumeRequest(volume_id=volume_id, target_path=str(target)))
     except GRPCError as error:
-        raise CknixError(error.message or error.status.name, code=_code(error)) from None
+        raise CknixError(error.message or error.status.name, Situation.VOLUME_REFUSED) from None
     finally:
         channel.close()
-
-
-def _code(error: GRPCError) -> Code:
-    return Code.__members__.get(error.status.name, Code.INTERNAL)

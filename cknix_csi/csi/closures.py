@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import WeakSet
 
 from cknix_csi import logs
 from cknix_csi.api.errors import InProgress, OutOfSpace
 from cknix_csi.api.progress import Progress, humanise
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.csi.flights import Flights
 from cknix_csi.csi.lifecycle import shutting_down
 from cknix_csi.csi.repeats import Repeats
+from cknix_csi.csi.room import NO_MATTER, Room
+from cknix_csi.csi.turns import Turns
+from cknix_csi.csi.waiting import OnWait, untold
 from cknix_csi.volumes.failures import explained
 from cknix_csi.volumes.locks import finish
 
 log = logging.getLogger(__name__)
 
 AT_ONCE = 8
-"""Fetches that run side by side; more wait in the order they came.  Each is a Nix process of tens of megabytes."""
+"""Fetches that take turns; more wait in the order they came.  Each is a Nix process of tens of megabytes."""
+BESIDE = 4
+"""Long ones that go on beside them, so that as many huge closures as there are turns hold up no small one for long."""
+PATIENCE_SECONDS = 5.0
+"""A fetch that runs for longer is a long one."""
 
 
 class Fetcher(Protocol):
@@ -55,39 +65,62 @@ class _Fetch:
 class ClosureService:
     """Fetches closures; a fetch outlives the RPC that asked for it, and all that ask for the same path share it."""
 
-    def __init__(self, fetcher: Fetcher, out_of_space: Callable[[], None] = lambda: None) -> None:
-        """*out_of_space* is told when a fetch finds the disk full, whoever waits for it."""
+    def __init__(self, fetcher: Fetcher, room: Room = NO_MATTER, *, patience: float = PATIENCE_SECONDS) -> None:
+        """*room* is told when a fetch finds the disk full, whoever waits for it.
+
+        *patience*: seconds after which a fetch counts as long and gives its turn to the next one.
+        """
         self._fetcher = fetcher
-        self._out_of_space = out_of_space
+        self._room = room
         self._flights: Flights[StorePath] = Flights()
         self._fetches: dict[StorePath, _Fetch] = {}
         self._damaged: set[StorePath] = set()
         """Found damaged, and not being fetched since."""
+        self._missing: WeakSet[asyncio.Task[None]] = WeakSet()
+        """Flights that have found their path missing."""
         self._failures = Repeats()
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._turns = Turns(AT_ONCE, beside=BESIDE, patience=patience)
         self._closing = False
 
     async def start(self) -> None:
         """Drop what an earlier process held.  To be called before the first :meth:`ensure`."""
         await self._fetcher.release_all()
 
-    async def ensure(self, path: StorePath, *, budget: float) -> None:
-        """Return when *path* is in the store, at once if it is already.
+    def count(self) -> tuple[int, int]:
+        """How many fetches run, and how many wait for their turn."""
+        waiting = sum(fetch.waiting for fetch in self._fetches.values())
+        return len(self._fetches) - waiting, waiting
 
+    async def ensure(
+        self,
+        path: StorePath,
+        *,
+        budget: float,
+        waiting: OnWait = untold,
+        missing: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Return when *path* is in the store, at once if it is already; *waiting* hears of the fetch.
+
+        *missing* is called before this ends in any way, when the path was not there and had to be fetched.
         Raises :class:`InProgress` after *budget* seconds, while the fetch goes on; and whatever the fetch raises, to
         all that wait for it.  A failure is not remembered: the next call tries again.
         """
         if self._closing:
             raise shutting_down(f"fetching {path}")
         flight = self._flights.join(path, lambda: self._bring(path))
-        done, _ = await asyncio.wait({flight}, timeout=max(budget, 0))
+        waiting(Situation.FETCHING, lambda: self._words(path))
+        try:
+            done, _ = await asyncio.wait({flight}, timeout=max(budget, 0))
+        finally:
+            if flight in self._missing:
+                missing()
         if not done:
-            raise InProgress(f"still fetching {path}: {self._words(path)}; kubelet will retry")
+            raise InProgress(f"{self._words(path)}; kubelet will retry", Situation.FETCHING)
         if flight.cancelled():
             raise shutting_down(f"fetching {path}")
         flight.result()
 
-    async def restore(self, path: StorePath, *, budget: float) -> None:
+    async def restore(self, path: StorePath, *, budget: float, waiting: OnWait = untold) -> None:
         """As :meth:`ensure`, for a *path* that counts as valid but has been found damaged: it is fetched in any case.
 
         One fetch, begun after the damage was found, serves all that have found it.
@@ -96,7 +129,7 @@ class ClosureService:
         deadline = clock() + budget
         self._damaged.add(path)
         while path in self._damaged:  # else the one that is joined may have begun before
-            await self.ensure(path, budget=deadline - clock())
+            await self.ensure(path, budget=deadline - clock(), waiting=waiting)
 
     async def close(self) -> None:
         """Stop all fetches and wait until they have ended."""
@@ -115,12 +148,15 @@ class ClosureService:
     async def _fetch(self, path: StorePath) -> None:
         clock = asyncio.get_running_loop().time
         fetch = self._fetches[path] = _Fetch(clock())
+        if (flight := asyncio.current_task()) is not None:
+            self._missing.add(flight)
+        began = time.time()
 
         def report(progress: Progress) -> None:
             fetch.progress = progress
 
         try:
-            async with self._turns:
+            async with self._turns.taken():
                 fetch.waiting = False
                 log.info("fetching %s", path)
                 with explained(f"take the GC root of {path}"):
@@ -128,7 +164,7 @@ class ClosureService:
                 await self._fetcher.fetch(path, report)
         except Exception as error:
             if isinstance(error, OutOfSpace):
-                self._out_of_space()
+                self._room.out_of_space(path, began=began)
             # Said here because nobody may be waiting any more.
             self._failures.idle()
             level = logging.WARNING if self._failures.failed(path, str(error)).aloud else logging.DEBUG
@@ -150,7 +186,9 @@ class ClosureService:
     def _words(self, path: StorePath) -> str:
         fetch = self._fetches.get(path)
         if fetch is None:
-            return "starting"
-        if fetch.waiting:
-            return f"waiting for one of {AT_ONCE} other fetches to end"
-        return f"{fetch.progress}, {humanise(asyncio.get_running_loop().time() - fetch.started)}"
+            far = "starting"
+        elif fetch.waiting:
+            far = f"waiting for one of {self._turns.running} other fetches to end"
+        else:
+            far = f"{fetch.progress}, {humanise(asyncio.get_running_loop().time() - fetch.started)}"
+        return f"still fetching {path}: {far}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +17,16 @@ from cknix_csi.csi.identity import Identity
 from cknix_csi.csi.node import Node
 from cknix_csi.csi.pods import PodEvents, Pods
 from cknix_csi.csi.publisher import Publisher, Volumes
+from cknix_csi.csi.readiness import Readiness, Step
 from cknix_csi.csi.records import Records
 from cknix_csi.csi.registration import Registration
 from cknix_csi.csi.remembered import RememberedResults
 from cknix_csi.csi.resolve import Expressions, Resolver
+from cknix_csi.csi.room import NO_MATTER, Room
 from cknix_csi.csi.server import serve
 from cknix_csi.csi.stats import Measures
+from cknix_csi.csi.storepaths import StorePathRule
+from cknix_csi.metrics.ports import NodeMetrics
 from cknix_csi.settings import DRIVER_NAME
 from cknix_csi.volumes.ledger import Ledger
 
@@ -58,13 +62,19 @@ class NodeDependencies:
     """Last known results of Expressions; None: nothing is remembered from one process to the next."""
     sizes: SizePolicy = field(default_factory=SizePolicy)
     """How much writable volumes may hold."""
+    store_paths: StorePathRule = field(default_factory=StorePathRule)
+    """Which store paths pods may name."""
     pods: Pods | None = None
     """Its watch is run by the caller; None: there is no Kubernetes."""
     events: PodEvents | None = None
     """Their sending is run by the caller; None: nobody is told."""
     ledger: Ledger | None = None
     """What is published where; None: nobody takes notes."""
-    out_of_space: Callable[[], None] = lambda: None
+    metrics: NodeMetrics = field(default_factory=NodeMetrics)
+    """Told of every call and what it has led to."""
+    readiness: Readiness = field(default_factory=Readiness)
+    """Told how far this daemon has come."""
+    room: Room = NO_MATTER
     """Told when a mount finds the node's disk full."""
     in_order: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once what an earlier daemon left is in order: before, nothing tells what is garbage."""
@@ -117,7 +127,9 @@ async def serving(node: NodeDependencies) -> AsyncIterator[Registration | None]:
         pods=node.pods,
         events=node.events,
         records=Records(node.ledger),
-        out_of_space=node.out_of_space,
+        room=node.room,
+        store_paths=node.store_paths,
+        metrics=node.metrics,
     )
     service = Node(node_id=node.node_id, system=node.system, publisher=publisher, measures=node.volumes)
     try:
@@ -125,11 +137,15 @@ async def serving(node: NodeDependencies) -> AsyncIterator[Registration | None]:
             await _take_stock(node)
             if node.remembered is not None:
                 await kept.enter_async_context(node.remembered.kept())
-            async with serve([Identity(), service], node.endpoint, grace=node.grace):
+            node.readiness.reach(Step.RECONCILED)
+            identity, observe = Identity(node.readiness.check), node.metrics.rpc
+            async with serve([identity, service], node.endpoint, grace=node.grace, observe=observe):
+                node.readiness.reach(Step.SERVED)
                 try:
                     async with _registered(node) as registration:
                         yield registration
                 finally:
+                    node.readiness.leave(Step.SERVED)
                     publisher.drain()
     finally:
         try:
@@ -159,6 +175,8 @@ async def _registered(node: NodeDependencies) -> AsyncIterator[Registration | No
     if node.registration is None:
         yield None
         return
-    registration = Registration(driver=DRIVER_NAME, endpoint=node.endpoint)
+    registration = Registration(
+        driver=DRIVER_NAME, endpoint=node.endpoint, registered=lambda: node.readiness.reach(Step.REGISTERED)
+    )
     async with serve([registration], node.registration, grace=node.grace):
         yield registration

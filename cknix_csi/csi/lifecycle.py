@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
 
 
 def shutting_down(work: str) -> CknixError:
     """kubelet keeps the volume as "uncertain" and retries with the next daemon."""
     return CknixError(
         f"{work} was interrupted: the node daemon is shutting down; kubelet will retry",
-        code=Code.UNAVAILABLE,
-        reason="ShuttingDown",
+        Situation.SHUTTING_DOWN,
     )

@@ -6,6 +6,7 @@ import logging
 
 from cknix_csi import logs
 from cknix_csi.api.progress import humanise
+from cknix_csi.api.topology import segments_of
 from cknix_csi.csi.errors import unimplemented
 from cknix_csi.csi.publisher import Publisher
 from cknix_csi.csi.repeats import Repeats
@@ -31,6 +32,7 @@ from cknix_csi.proto.csi_pb2 import (
     NodeUnpublishVolumeResponse,
     NodeUnstageVolumeRequest,
     NodeUnstageVolumeResponse,
+    Topology,
 )
 
 log = logging.getLogger(__name__)
@@ -72,7 +74,9 @@ class Node(Service, NodeBase):
 
     @rpc
     async def NodeGetInfo(self, request: NodeGetInfoRequest) -> NodeGetInfoResponse:
-        return NodeGetInfoResponse(node_id=self._node_id)
+        return NodeGetInfoResponse(
+            node_id=self._node_id, accessible_topology=Topology(segments=segments_of(self._system))
+        )
 
     @rpc
     async def NodeStageVolume(self, request: NodeStageVolumeRequest) -> NodeStageVolumeResponse:

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cknix_csi.api.attributes import FromStorePath
-from cknix_csi.api.errors import CknixError, Code, Conflict
+from cknix_csi.api.errors import CknixError, Conflict
+from cknix_csi.api.situations import Situation
 from cknix_csi.csi.requests import PublishCall
 from cknix_csi.volumes.volumes import Publication
 
@@ -54,8 +55,7 @@ def require_only(call: PublishCall, targets: Iterable[Path]) -> None:
         raise CknixError(
             f"volume {call.volume_id} is published at {others[0]} already, and access mode {call.access_mode.name} "
             "allows one target on a node; use accessModes ReadWriteOnce or ReadOnlyMany to share it",
-            code=Code.FAILED_PRECONDITION,
-            reason="AlreadyPublished",
+            Situation.ALREADY_PUBLISHED,
         )
 
 

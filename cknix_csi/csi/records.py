@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +25,9 @@ class Notes(Protocol):
 
     def record_unpublish(self, target: str) -> None:
         """Nothing is mounted at *target* any more; fine when nothing was."""
+
+    def publications(self) -> Sequence[Published]:
+        """What is noted as mounted, also by earlier daemons."""
 
 
 class Records:
@@ -51,6 +54,12 @@ class Records:
                     pod_uid=call.pod.uid,
                 )
             )
+
+    def targets(self, volume_id: str) -> set[Path]:
+        """Where the volume is noted as mounted, whoever has mounted it."""
+        if self._notes is None:
+            return set()
+        return {Path(entry.target) for entry in self._notes.publications() if entry.volume_id == volume_id}
 
     def name(self, target: Path) -> str | None:
         """What :meth:`unpublished` is to be told once *target* is gone; None for what can be no target."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
 from cknix_csi.csi.rpc import Service, rpc
 from cknix_csi.proto.pluginregistration_grpc import RegistrationBase
 from cknix_csi.proto.pluginregistration_pb2 import (
@@ -30,15 +32,15 @@ SUPPORTED_VERSIONS = ("1.0.0",)
 class RegistrationRefused(CknixError):
     """kubelet does not take this driver; only a restart of the daemon makes it ask again."""
 
-    code = Code.FAILED_PRECONDITION
-    reason = "RegistrationRefused"
+    situation = Situation.REGISTRATION_REFUSED
 
 
 class Registration(Service, RegistrationBase):
-    """*endpoint* is the driver's socket as kubelet sees it."""
+    """*endpoint* is the driver's socket as kubelet sees it; *registered* is told when kubelet has taken the driver."""
 
-    def __init__(self, *, driver: str, endpoint: Path) -> None:
+    def __init__(self, *, driver: str, endpoint: Path, registered: Callable[[], None] = lambda: None) -> None:
         super().__init__()
+        self._registered = registered
         self._driver = driver
         self._endpoint = endpoint
         self._refusal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -61,6 +63,7 @@ class Registration(Service, RegistrationBase):
     async def NotifyRegistrationStatus(self, request: RegistrationStatus) -> RegistrationStatusResponse:
         if request.plugin_registered:
             log.info("registered with kubelet as %s", self._driver)
+            self._registered()
         elif not self._refusal.done():
             self._refusal.set_result(request.error or "kubelet gave no reason")
         return RegistrationStatusResponse()

@@ -143,7 +143,11 @@ def _parse_capability(request: NodePublishVolumeRequest, problems: list[Problem]
     if not request.HasField("volume_capability"):
         problems.append(Problem("volume_capability", "is missing"))
         return None
-    capability = request.volume_capability
+    return parse_capability(request.volume_capability, problems)
+
+
+def parse_capability(capability: VolumeCapability, problems: list[Problem]) -> AccessMode | None:
+    """The access mode of *capability*; whatever this driver cannot do goes to *problems*."""
     access_type = capability.WhichOneof("access_type")
     if access_type == "block":
         problems.append(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import Protocol
 
 from cknix_csi.api.attributes import EXPRESSION, FromExpression, FromSource, FromStorePath, VolumeSource
-from cknix_csi.api.errors import CknixError, Code, InProgress, NotFound
+from cknix_csi.api.errors import CknixError, InProgress, NotFound
 from cknix_csi.api.expression import FAILED, SUCCEEDED, Observed
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
+from cknix_csi.csi.waiting import OnWait, untold
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +55,11 @@ class Resolver:
         self._expressions = expressions
         self._remembered = remembered
 
-    async def resolve(self, source: VolumeSource, *, budget: float) -> StorePath:
+    async def resolve(self, source: VolumeSource, *, budget: float, waiting: OnWait = untold) -> StorePath:
         """The store path that *source* means now.
 
-        Waits up to *budget* seconds for an Expression that has no result yet, and returns as soon as it has one.
+        Waits up to *budget* seconds for an Expression that has no result yet, and returns as soon as it has one;
+        *waiting* hears of it.
         Raises :class:`InProgress` when the budget ends, :class:`NotFound`, or a :class:`CknixError` with
         FAILED_PRECONDITION when waiting would not help.
         """
@@ -63,14 +67,14 @@ class Resolver:
             case FromStorePath(path):
                 return path
             case FromExpression():
-                return await self._expression(source, budget)
+                return await self._expression(source, budget, waiting)
             case FromSource():
                 raise _refused(
                     f'volume attribute "{source.kind}": Nix text inside a volume is not evaluated yet; '
                     f'apply an Expression with this text and name it with the attribute "{EXPRESSION}"'
                 )
 
-    async def _expression(self, source: FromExpression, budget: float) -> StorePath:
+    async def _expression(self, source: FromExpression, budget: float, waiting: OnWait) -> StorePath:
         if self._expressions is None:
             raise _refused(
                 f'volume attribute "{EXPRESSION}": {source} cannot be looked up, this driver runs without Kubernetes; '
@@ -84,6 +88,7 @@ class Resolver:
                     return found
                 observed = found
                 while (path := settle(observed, self._system)) is None:
+                    waiting(Situation.WAITING_FOR_EXPRESSION, partial(_pending, observed))
                     observed = await self._expressions.changed(observed)
         except TimeoutError:
             raise _not_yet(source, observed) from None
@@ -91,7 +96,8 @@ class Resolver:
             if self._remembered is not None:
                 self._remembered.forget(source)
             raise NotFound(
-                f'Expression "{source}" does not exist; create it or correct the volume attribute "{EXPRESSION}"'
+                f'Expression "{source}" does not exist; create it or correct the volume attribute "{EXPRESSION}"',
+                Situation.EXPRESSION_NOT_FOUND,
             ) from None
         if self._remembered is not None:
             self._remembered.keep(source, path)
@@ -111,7 +117,7 @@ class Resolver:
                 raise
             why = f"the API server did not answer within {_PATIENCE_SECONDS:.0f}s"
         except CknixError as error:
-            if error.code is not Code.UNAVAILABLE:
+            if not error.code.transient:
                 raise
             why = error.message
         log.warning("using the last known result of Expression %s, %s: %s", source, remembered, why)
@@ -131,15 +137,13 @@ def settle(observed: Observed, system: str) -> StorePath | None:
     if observed.phase == FAILED:
         raise CknixError(
             f"Expression {observed} failed (generation {observed.generation}): {observed.message or 'no message'}",
-            code=Code.FAILED_PRECONDITION,
-            reason="ExpressionFailed",
+            Situation.EXPRESSION_FAILED,
         )
     results = ", ".join(sorted(observed.results)) or "no system"
     raise CknixError(
         f"Expression {observed} has no result for this node's system {system}, only for {results}; "
         "add the system to spec.systems, or run the pod on another node",
-        code=Code.FAILED_PRECONDITION,
-        reason="WrongSystem",
+        Situation.WRONG_SYSTEM,
     )
 
 
@@ -147,15 +151,15 @@ def _not_yet(source: FromExpression, observed: Observed | None) -> CknixError:
     if observed is None:
         return CknixError(
             f"the API server did not answer in time about Expression {source}; kubelet will retry",
-            code=Code.UNAVAILABLE,
-            reason="ApiUnavailable",
+            Situation.KUBERNETES_UNAVAILABLE,
         )
+    return InProgress(f"{_pending(observed)}; kubelet will retry", Situation.WAITING_FOR_EXPRESSION)
+
+
+def _pending(observed: Observed) -> str:
     detail = f": {observed.message}" if observed.message else ""
-    return InProgress(
-        f"Expression {observed} has no result yet (generation {observed.generation}, {observed.phase}){detail}; "
-        "kubelet will retry"
-    )
+    return f"Expression {observed} has no result yet (generation {observed.generation}, {observed.phase}){detail}"
 
 
 def _refused(message: str) -> CknixError:
-    return CknixError(message, code=Code.FAILED_PRECONDITION, reason="UnsupportedSource")
+    return CknixError(message, Situation.UNSUPPORTED_SOURCE)

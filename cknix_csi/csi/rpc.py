@@ -10,14 +10,13 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from grpclib.const import Status
-from grpclib.exceptions import GRPCError
 from grpclib.server import Stream
 
 from cknix_csi import logs
 from cknix_csi.api.attributes import PodInfo
 from cknix_csi.api.errors import CknixError, InProgress
 from cknix_csi.api.progress import humanise
+from cknix_csi.api.situations import Situation
 from cknix_csi.csi.errors import grpc_error
 from cknix_csi.csi.repeats import Repeated, Repeats
 
@@ -61,7 +60,8 @@ def rpc(
             request = await stream.recv_message()
         except Exception as error:
             log.exception("%s: request cannot be read", name)
-            raise GRPCError(Status.INTERNAL, f"{name}: the request cannot be read: {type(error).__name__}") from error
+            words = f"{name}: the request cannot be read: {type(error).__name__}"
+            raise grpc_error(CknixError(words, Situation.UNREADABLE_REQUEST)) from error
         if request is None:  # the client left before it had sent its message
             return
         _tell_idle(self.refusals)
@@ -72,17 +72,14 @@ def rpc(
             except asyncio.CancelledError:
                 call.log(logging.INFO, "abandoned by the client")
                 raise
-            except GRPCError as error:
-                call.log(logging.INFO, f"{error.status.name}: {error.message}")
-                raise
             except CknixError as error:
                 refusal = grpc_error(error)
                 call.refused(error, refusal.status.name)
                 raise refusal from error
             except Exception as error:
                 call.broke(error)
-                words = f"{name}: unexpected {type(error).__name__}; the node daemon's log has the traceback"
-                raise GRPCError(Status.INTERNAL, words) from error
+                words = f"{name}: unexpected {type(error).__name__}; the driver's log has the traceback"
+                raise grpc_error(CknixError(words)) from error
             call.succeeded()
         await stream.send_message(reply)
 
@@ -96,7 +93,8 @@ def names_in(request: object) -> dict[str, str]:
     return {
         "pod": f"{pod.namespace}/{pod.name}" if pod.name else "",
         "pod_uid": pod.uid or (place["uid"] if place else ""),
-        "volume": place["volume"] if place else "",
+        # CreateVolume names the PersistentVolume, as kubelet's path does.
+        "volume": place["volume"] if place else str(getattr(request, "name", "")),
         "volume_id": str(getattr(request, "volume_id", "")),
     }
 
@@ -111,7 +109,7 @@ class _Call:
 
     def __init__(self, method: str, request: object, started: float, refusals: Repeats) -> None:
         self._method = method
-        self._volume = (str(getattr(request, "volume_id", "")), _path_in(request))
+        self._volume = (str(getattr(request, "volume_id", "") or getattr(request, "name", "")), _path_in(request))
         self._started = started
         self._refusals = refusals
 

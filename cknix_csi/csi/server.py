@@ -9,7 +9,8 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,10 @@ from grpclib.events import RecvRequest, listen
 from grpclib.exceptions import GRPCError
 from grpclib.server import Server, Stream
 
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
+from cknix_csi.csi.errors import Refusal, grpc_error
+from cknix_csi.metrics.ports import CANCELLED, OK, UNEXPECTED
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +34,17 @@ _LOCK_TRIES = 200
 _LOCK_POLL_SECONDS = 0.05
 # grpclib waits for connections that clients keep open; after this long they are left to the end of the process.
 _CLOSE_SECONDS = 1.0
+_UNKNOWN_METHOD = "unknown"
 
 
 class SocketUnavailable(CknixError):
     """The socket's place cannot be had: somebody lives there, or it is no place for a socket."""
 
-    code = Code.FAILED_PRECONDITION
-    reason = "SocketUnavailable"
+    situation = Situation.SOCKET_UNAVAILABLE
+
+
+Observer = Callable[[str, str, str, float], None]
+"""Told of each call that has ended, as ``NodeMetrics.rpc`` is."""
 
 
 class Service(Protocol):
@@ -46,7 +54,9 @@ class Service(Protocol):
 
 
 @asynccontextmanager
-async def serve(services: Sequence[Service], path: Path, *, grace: float) -> AsyncIterator[None]:
+async def serve(
+    services: Sequence[Service], path: Path, *, grace: float, observe: Observer = lambda *call: None
+) -> AsyncIterator[None]:
     """Serve *services* at *path* (mode 0600) while the block runs, and up to *grace* seconds more for running calls.
 
     The socket listens before it gets its name, replaces that of a dead process, and never that of a live one: raises
@@ -55,7 +65,7 @@ async def serve(services: Sequence[Service], path: Path, *, grace: float) -> Asy
     """
     check_socket_path(path)
     server = _AnsweringServer(services)
-    calls = _Calls()
+    calls = _Calls([name for service in services for name in service.__mapping__()], observe)
     listen(server, RecvRequest, calls.admit)
     identity = await _appear(server, path)
     log.info("serving at %s", path)
@@ -95,15 +105,17 @@ class _AnsweringServer(Server):
 class _Methods(dict[str, Handler]):
     def get(self, name: str, default: Any = None) -> Handler:
         async def refuse(stream: Stream[Any, Any]) -> None:
-            raise GRPCError(Status.UNIMPLEMENTED, f"{name} is not a method of this driver")
+            raise grpc_error(CknixError(f"{name} is not a method of this driver", Situation.NOT_SUPPORTED))
 
         return super().get(name) or Handler(refuse, Cardinality.UNARY_UNARY, Empty, Empty)
 
 
 class _Calls:
-    """Counts running calls, which grpclib would cancel when it closes."""
+    """Counts running calls, which grpclib would cancel when it closes, and has each observed."""
 
-    def __init__(self) -> None:
+    def __init__(self, methods: Collection[str], observe: Observer) -> None:
+        self._methods = frozenset(methods)
+        self._observe = observe
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -111,15 +123,23 @@ class _Calls:
 
     async def admit(self, event: RecvRequest) -> None:
         if self._draining:
-            raise GRPCError(Status.UNAVAILABLE, "the node daemon is shutting down; retry")
+            raise grpc_error(CknixError("this process is shutting down; retry", Situation.SHUTTING_DOWN))
         method = event.method_func
+        # Clients may ask for any name; there are not to be as many series.
+        name = event.method_name if event.method_name in self._methods else _UNKNOWN_METHOD
 
         async def counted(stream: Stream[Any, Any]) -> None:
             self._running += 1
             self._idle.clear()
+            started = time.monotonic()
+            ended: BaseException | None = None
             try:
                 await method(stream)
+            except BaseException as error:
+                ended = error
+                raise
             finally:
+                self._observe(name, *_told(ended), time.monotonic() - started)
                 self._running -= 1
                 if not self._running:
                     self._idle.set()
@@ -133,6 +153,21 @@ class _Calls:
                 await self._idle.wait()
         except TimeoutError:
             log.warning("%d calls are still running after %.0fs and are cancelled", self._running, grace)
+
+
+def _told(ended: BaseException | None) -> tuple[str, str]:
+    """Code and reason that a call has been answered with."""
+    match ended:
+        case None:
+            return Status.OK.name, OK
+        case Refusal():
+            return ended.status.name, ended.reason
+        case GRPCError():  # grpclib's own, such as for a request that is none
+            return ended.status.name, UNEXPECTED
+        case asyncio.CancelledError():
+            return Status.CANCELLED.name, CANCELLED
+        case _:
+            return Status.UNKNOWN.name, UNEXPECTED
 
 
 async def _appear(server: Server, path: Path) -> tuple[int, int]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
 from cknix_csi.api.expression import GROUP, PLURAL, VERSION
+from cknix_csi.api.situations import Situation
 
 Json = dict[str, Any]
 
@@ -34,11 +35,10 @@ class ApiError(CknixError):
     *status* is the HTTP status, or None when there was no answer at all.
     """
 
-    code = Code.UNAVAILABLE
-    reason = "KubernetesUnavailable"
+    situation = Situation.KUBERNETES_UNAVAILABLE
 
     def __init__(self, message: str, *, status: int | None) -> None:
-        super().__init__(message, code=Code.NOT_FOUND if status == NOT_FOUND else None)
+        super().__init__(message, Situation.OBJECT_NOT_FOUND if status == NOT_FOUND else None)
         self.status = status
 
 
@@ -69,6 +69,13 @@ class Api(Protocol):
 
         Status 410 when *resource_version* is too old: list again.
         """
+
+
+class DeletingApi(Api, Protocol):
+    """One for those who may delete."""
+
+    async def delete(self, path: str, *, uid: str) -> None:
+        """DELETE of the object with *uid*; status 404 when it is gone, 409 when another one has its name."""
 
 
 @dataclass(frozen=True, slots=True)

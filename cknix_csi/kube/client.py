@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from cknix_csi import __version__
-from cknix_csi.kube.api import FIELD_MANAGER, GONE, Api, ApiError, Json, WatchEvent
+from cknix_csi.kube.api import FIELD_MANAGER, GONE, ApiError, DeletingApi, Json, WatchEvent
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse
@@ -68,7 +68,7 @@ async def connect() -> AsyncIterator[KubernetesApi]:
         yield KubernetesApi(client)
 
 
-class KubernetesApi(Api):
+class KubernetesApi(DeletingApi):
     """:class:`Api` over kubernetes-asyncio's HTTP client (TLS, proxies, token rotation)."""
 
     def __init__(self, client: ApiClient) -> None:
@@ -87,6 +87,10 @@ class KubernetesApi(Api):
     async def patch(self, path: str, body: Any, *, kind: str, query: Mapping[str, str] | None = None) -> Json:
         query = {"fieldManager": FIELD_MANAGER, **(query or {})}
         return await self._call("PATCH", path, body=body, query=query, content_type=kind)
+
+    async def delete(self, path: str, *, uid: str) -> None:
+        options = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
+        await self._call("DELETE", path, body=options)
 
     async def watch(
         self, path: str, *, resource_version: str, timeout: float, query: Mapping[str, str] | None = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import NoReturn
 
-from cknix_csi.api.errors import CknixError, Code, NotFound
+from cknix_csi.api.errors import CknixError, NotFound
 from cknix_csi.api.expression import Observed
+from cknix_csi.api.situations import Situation
+from cknix_csi.api.storepath import StorePath
 from cknix_csi.kube.api import NOT_FOUND, Api, ApiError, Json, expressions
 from cknix_csi.kube.listwatch import list_and_watch
 
@@ -22,6 +24,7 @@ class ExpressionWatch:
     def __init__(self, api: Api) -> None:
         self._api = api
         self._known: dict[_Key, Observed] = {}
+        self._complete = False
         self._changed = asyncio.Condition()
         self._news = asyncio.Event()
 
@@ -65,6 +68,21 @@ class ExpressionWatch:
             was_known = was_known or known is not None
             await self._wait(key, known, limit=None if known is not None else _ASK_AGAIN_SECONDS)
 
+    def publishes(self, namespace: str, path: StorePath) -> bool:
+        """Whether *path* is a result of an Expression of *namespace*, as far as the watch has shown.
+
+        Raises :class:`CknixError` (``UNAVAILABLE``) when it has shown nothing yet.
+        """
+        if not self._complete:
+            raise CknixError(
+                f"it cannot be told yet whether {path} is a result of an Expression of namespace {namespace}: the API "
+                "server has not listed them; kubelet will retry",
+                Situation.KUBERNETES_UNAVAILABLE,
+            )
+        return any(
+            path in observed.results.values() for observed in self._known.values() if observed.namespace == namespace
+        )
+
     async def _wait(self, key: _Key, known: Observed | None, *, limit: float | None) -> None:
         async with self._changed:
             try:
@@ -81,8 +99,7 @@ class ExpressionWatch:
                 raise _not_found(namespace, name) from None
             raise CknixError(
                 f"Expression {namespace}/{name} is not known here yet, and {error.message}",
-                code=Code.UNAVAILABLE,
-                reason=error.reason,
+                Situation.KUBERNETES_UNAVAILABLE,
             ) from error
 
     async def _follow(self) -> NoReturn:
@@ -99,6 +116,7 @@ class ExpressionWatch:
     def _listed(self, items: list[Json]) -> None:
         found = [Observed.parse(item) for item in items]
         self._known = {(item.namespace, item.name): item for item in found}
+        self._complete = True
         self._news.set()
 
     def _one_changed(self, kind: str, body: Json) -> None:
@@ -113,5 +131,5 @@ class ExpressionWatch:
 
 def _not_found(namespace: str, name: str) -> NotFound:
     return NotFound(
-        f"Expression {namespace}/{name} does not exist; create it, or correct the name", reason="ExpressionNotFound"
+        f"Expression {namespace}/{name} does not exist; create it, or correct the name", Situation.EXPRESSION_NOT_FOUND
     )

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from cknix_csi.api.attributes import PodInfo
 from cknix_csi.api.errors import NotFound
+from cknix_csi.api.situations import Situation
 from cknix_csi.kube.api import NOT_FOUND, Api, ApiError, Json, core
 from cknix_csi.kube.events import EventRecorder, Subject
 from cknix_csi.kube.listwatch import list_and_watch
@@ -63,7 +64,7 @@ class PodWatch:
                 raise
             known = None
         if known is None or known.uid != pod.uid:
-            raise NotFound(f"pod {pod.namespace}/{pod.name} with uid {pod.uid} does not exist", reason="PodNotFound")
+            raise NotFound(f"pod {pod.namespace}/{pod.name} with uid {pod.uid} does not exist", Situation.POD_NOT_FOUND)
         return known
 
     def _listed(self, items: list[Json]) -> None:

@@ -49,6 +49,11 @@ class StoreClosures:
         if not known:
             await outlast_collector(self._store, root)
 
+    @property
+    def released(self) -> int:
+        """How many closures have been let go of so far."""
+        return self._roots.removed
+
     async def release(self, closure_id: str) -> None:
         await asyncio.to_thread(self._roots.remove, closure_id)
 

@@ -16,18 +16,20 @@ import asyncio
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from cknix_csi.api.errors import CknixError, OutOfSpace
 from cknix_csi.api.progress import humanise
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix import database, process
 from cknix_csi.nix.recovery import recover, shown
 from cknix_csi.nix.store import Store
+from cknix_csi.nix.wants import Wants
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ _NO_RESERVE = ("--option", "gc-reserved-space", "0")
 class CollectionFailed(CknixError):
     """Nix could not say what is garbage, or could not delete it for another reason than that it is in use."""
 
-    reason = "CollectionFailed"
+    situation = Situation.COLLECTION_FAILED
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class Collected:
     paths: int
     closures: tuple[StorePath, ...]
     """Of those given in order of use: which have lost paths, the least recently used first."""
+    spared: tuple[StorePath, ...] = ()
+    """Closures that would be garbage, but that somebody waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,8 @@ class Graph:
     references: Mapping[str, Sequence[str]]
     """What each path refers to, itself left out, and its derivation, which Nix keeps as long as the path
     (``keep-derivations``); paths without any may be missing."""
+    registered: Mapping[str, float] = field(default_factory=dict)
+    """Seconds since the epoch by path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +113,13 @@ class Collector:
         self._home = home
         self._pace = pace or Pace()
 
-    async def collect(self, want: int, order: Sequence[StorePath]) -> Collected:
+    async def collect(self, want: int, order: Sequence[StorePath], wants: Callable[[], Wants] = Wants) -> Collected:
         """Delete garbage until *want* bytes are free for others than root, or none is left.
 
         First goes what belongs to no closure of *order*, then the closures of *order* one by one, the first first: of
-        each what no later one contains.  To be cancelled at any time; what is deleted then is deleted whole as far as
-        Nix knows.  Raises :class:`CollectionFailed`; and, before anything is deleted, what reading the store's database
+        each what no later one contains.  *wants*, asked when it is known what is garbage, tells what stays all the same
+        and what goes last.  To be cancelled at any time; what is deleted then is deleted whole as far as Nix knows.
+        Raises :class:`CollectionFailed`; and, before anything is deleted, what reading the store's database
         raises and what :func:`recover` does, when nobody can say what the views show.
         """
         before = measured = (await self.space()).free
@@ -124,13 +131,19 @@ class Collector:
         graph, kept = await self._graph()
         dead = await self._dead()
         expected = 0
-        garbage = [path for path in dead if path not in kept]
+        # Only now: who has let go of a closure for want of space has said so by the time that it counts as dead.
+        wanted = wants()
+        garbage = {path for path in dead if path in graph.nar_sizes}
+        spared = tuple(sorted(closure for closure in wanted.closures if str(closure) in garbage))
+        kept.update(_referrers_first(map(str, spared), graph.references, set()))
+        garbage -= kept
         # Nix lists as well what is on the disk and not registered.  Of that nobody knows what it is: a lock that
         # somebody waits for, or what an interrupted fetch left, which the next fetch looks after.  Only what a process
         # that was killed had begun to delete is known.
         begun = await asyncio.to_thread(self._begun)
-        halves = tuple(path for path in garbage if path in begun and path not in graph.nar_sizes)
-        portions = plan((path for path in garbage if path in graph.nar_sizes), graph, order)
+        halves = tuple(path for path in dead if path in begun and path not in graph.nar_sizes and path not in kept)
+        late = [path for path in garbage if wanted.since is not None and graph.registered.get(path, 0) >= wanted.since]
+        portions = plan(garbage, graph, order, late)
         for portion in (Portion(None, halves), *portions):
             rest = list(portion.paths)
             while rest and measured < want:
@@ -146,7 +159,7 @@ class Collector:
                 measured, expected = await self._measure(measured, expected, want)
             if measured >= want:
                 break
-        return Collected(max(measured - before, 0), deleted, tuple(closures))
+        return Collected(max(measured - before, 0), deleted, tuple(closures), spared)
 
     async def space(self) -> Space:
         """The store's file system now; where the store will be, when it is not there yet.  Raises OSError."""
@@ -273,28 +286,30 @@ def read_graph(store: Store) -> Graph:
     with database.reading(store) as connection:
         if connection is None:
             return Graph({}, {})
-        rows = connection.execute("SELECT id, path, narSize, deriver FROM ValidPaths").fetchall()
-        paths = {number: path for number, path, _, _ in rows}
-        sizes = {path: size or 0 for _, path, size, _ in rows}
-        references = {path: [deriver] for _, path, _, deriver in rows if deriver in sizes}
+        rows = connection.execute("SELECT id, path, narSize, deriver, registrationTime FROM ValidPaths").fetchall()
+        paths = {number: path for number, path, *_ in rows}
+        sizes = {path: size or 0 for _, path, size, *_ in rows}
+        references = {path: [deriver] for _, path, _, deriver, _ in rows if deriver in sizes}
         for referrer, reference in connection.execute("SELECT referrer, reference FROM Refs"):
             if referrer != reference:
                 references.setdefault(paths[referrer], []).append(paths[reference])
-        return Graph(sizes, references)
+        return Graph(sizes, references, {path: time for _, path, *_, time in rows})
 
 
-def plan(dead: Iterable[str], graph: Graph, order: Sequence[StorePath]) -> list[Portion]:
+def plan(dead: Iterable[str], graph: Graph, order: Sequence[StorePath], late: Collection[str] = ()) -> list[Portion]:
     """In which order *dead* paths are to go: those of no closure, then those of the closures of *order*, in turn.
 
+    Those of *late*, with what they refer to, come after all others, whether they are in a closure or not.
     A path in several closures goes with the last of them.  Within a portion referrers come first; across portions they
     do as well, since what refers to a path of a closure is in a closure at least as recently used, or in none.
     """
     left = set(dead)
     portions: list[Portion] = []
     seen: set[str] = set()
-    for root in reversed(order):
+    for root in (None, *reversed(order)):
         # What a later closure has seen, it has seen with all that it refers to.
-        mine = _referrers_first([str(root)], graph.references, seen)
+        roots = [str(root)] if root is not None else sorted(late)
+        mine = _referrers_first(roots, graph.references, seen)
         if found := tuple(path for path in mine if path in left):
             portions.append(Portion(root, found))
             left.difference_update(found)

@@ -16,8 +16,10 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Iterator, Sequence
 
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix.store import Store
 
@@ -34,8 +36,7 @@ _LOOK_SECONDS = 0.01
 class CollectionRuns(CknixError):
     """A garbage collection may be about to delete what a volume needs."""
 
-    code = Code.UNAVAILABLE
-    reason = "CollectionRuns"
+    situation = Situation.COLLECTION_RUNS
 
 
 def tell_collector(store: Store, path: StorePath) -> None:
@@ -56,31 +57,45 @@ def tell_collector(store: Store, path: StorePath) -> None:
         os.close(descriptor)
 
 
-async def outlast_collector(store: Store, path: StorePath) -> None:
-    """Return when *path*, whose root is there, is gone or no collection that began before can delete it any more.
+async def outlast_collector(store: Store, *paths: StorePath) -> None:
+    """Return when of *paths*, whose roots are there, no collection that began before can delete any more.
 
-    To be called after :func:`tell_collector`, when the root is a new one, by whoever could not bear that *path* goes
+    To be called after :func:`tell_collector`, when the roots are new ones, by whoever could not bear that a path goes
     after it was looked up.  Raises OSError, and :class:`CollectionRuns` after 10 seconds.
     """
-    clock = asyncio.get_running_loop().time
-    deadline = clock() + _PATIENCE_SECONDS
-    while _may_be_deleted(store, path):
-        if clock() > deadline:
+    for seconds in _until_outlasted(store, paths):
+        await asyncio.sleep(seconds)
+
+
+def outlast_in_thread(store: Store, *paths: StorePath) -> None:
+    """:func:`outlast_collector`, blocking."""
+    for seconds in _until_outlasted(store, paths):
+        time.sleep(seconds)
+
+
+def _until_outlasted(store: Store, paths: Sequence[StorePath]) -> Iterator[float]:
+    """Seconds to wait before it is looked at again, as long as that must be."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while (path := _may_be_deleted(store, paths)) is not None:
+        if time.monotonic() > deadline:
             raise CollectionRuns(
                 f"{path} was in no use, and the garbage collection that runs on this node may be about to delete it; "
-                "wait for that to end, kubelet will retry"
+                "wait for that to end: it is tried again"
             )
-        await asyncio.sleep(_LOOK_SECONDS)
+        yield _LOOK_SECONDS
 
 
-def _may_be_deleted(store: Store, path: StorePath) -> bool:
+def _may_be_deleted(store: Store, paths: Sequence[StorePath]) -> StorePath | None:
+    """One of *paths* that is there while somebody's collection runs; None: none is in danger."""
     try:
         descriptor = os.open(store.state / "gc.lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False
+        return None
     try:
+        if _idle(descriptor):
+            return None
         # What is made from now on is not among what is being deleted.
-        return not _idle(descriptor) and os.path.lexists(store.physical_path(path))
+        return next((path for path in paths if os.path.lexists(store.physical_path(path))), None)
     finally:
         os.close(descriptor)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from cknix_csi.api.closure import Closure, Member, PathInfo
-from cknix_csi.api.errors import CknixError, Code, OutOfSpace
+from cknix_csi.api.errors import CknixError, OutOfSpace
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import HASH_LENGTH, STORE_DIR, StorePath
 from cknix_csi.nix.store import Store
 
@@ -39,6 +40,15 @@ _CLOSURE = """
         SELECT r.reference FROM Refs r JOIN closure c ON r.referrer = c.id
     )
     SELECT v.path, v.narSize FROM closure c JOIN ValidPaths v ON v.id = c.id ORDER BY v.path
+"""
+
+_SIZE_SINCE = """
+    WITH RECURSIVE closure(id) AS (
+        SELECT id FROM ValidPaths WHERE path = ?
+        UNION
+        SELECT r.reference FROM Refs r JOIN closure c ON r.referrer = c.id
+    )
+    SELECT ifnull(sum(v.narSize), 0) FROM closure c JOIN ValidPaths v ON v.id = c.id WHERE v.id > ?
 """
 
 # Run with a new database as "main" and the store's as "node".
@@ -109,8 +119,7 @@ _SCHEMA = """
 class PathNotValid(CknixError):
     """A store path that the store's database does not hold."""
 
-    code = Code.NOT_FOUND
-    reason = "PathNotValid"
+    situation = Situation.PATH_NOT_VALID
 
     def __init__(self, store: Store, path: StorePath | str) -> None:
         super().__init__(f"{path} is not in the store {store.uri}")
@@ -119,20 +128,19 @@ class PathNotValid(CknixError):
 class UnknownSchema(CknixError):
     """A Nix database of a version this program does not know."""
 
-    reason = "UnknownNixSchema"
+    situation = Situation.UNKNOWN_NIX_SCHEMA
 
 
 class DatabaseUnreadable(CknixError):
     """A Nix database that SQLite cannot read: locked for too long, damaged, or out of reach."""
 
-    code = Code.UNAVAILABLE
-    reason = "NixDatabaseUnreadable"
+    situation = Situation.NIX_DATABASE_UNREADABLE
 
 
 class DatabaseDamaged(DatabaseUnreadable):
     """A Nix database that is no whole database any more: trying again does not help."""
 
-    reason = "NixDatabaseDamaged"
+    situation = Situation.NIX_DATABASE_DAMAGED
 
 
 def is_valid(store: Store, path: StorePath) -> bool:
@@ -150,6 +158,22 @@ def query_closure(store: Store, root: StorePath) -> Closure:
     if not rows:
         raise PathNotValid(store, root)
     return Closure(root, tuple(Member(StorePath.parse(path), size or 0) for path, size in rows))
+
+
+def newest(store: Store) -> int:
+    """The number of the path that was registered last, which only grows; 0 where none ever was."""
+    with reading(store) as database:
+        if database is None:
+            return 0
+        return int(database.execute("SELECT ifnull(max(id), 0) FROM ValidPaths").fetchone()[0])
+
+
+def size_since(store: Store, root: StorePath, number: int) -> int:
+    """Bytes, as NARs, of what of *root*'s closure was registered after the path of that *number*."""
+    with reading(store) as database:
+        if database is None:
+            return 0
+        return int(database.execute(_SIZE_SINCE, (str(root), number)).fetchone()[0])
 
 
 def path_info(store: Store, hash_part: str) -> PathInfo | None:

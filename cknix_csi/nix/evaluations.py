@@ -10,10 +10,12 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from cknix_csi.api.errors import CknixError, Code, OutOfSpace
+from cknix_csi.api.errors import CknixError, OutOfSpace
 from cknix_csi.api.expression import Data
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix import database
+from cknix_csi.nix.collector import outlast_collector
 from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.nix import Evaluation, Nix, OnProgress
 
@@ -39,7 +41,7 @@ class HeldEvaluations:
     async def evaluate(self, data: Data, system: str) -> Evaluation:
         """As :meth:`Nix.evaluate`; what must be built stays until :meth:`build` has ended, or the process has.
 
-        Raises UNAVAILABLE as well, when it was collected each time before it could be held.
+        Raises UNAVAILABLE as well, when it was collected each time before it could be held; and CollectionRuns.
         """
         for _ in range(_TRIES):
             try:
@@ -52,7 +54,9 @@ class HeldEvaluations:
             held = False
             try:
                 async with self._turn:
-                    held = await asyncio.to_thread(self._hold, derivations)
+                    new = await asyncio.to_thread(self._hold, derivations)
+                await outlast_collector(self._nix.store, *new)
+                held = await asyncio.to_thread(self._are_valid, derivations)
             finally:
                 if not held:
                     await self._release(derivations)
@@ -60,8 +64,7 @@ class HeldEvaluations:
                 return evaluation
         raise CknixError(
             f"what is to be built for {evaluation.result} was collected as garbage again and again",
-            code=Code.UNAVAILABLE,
-            reason="PathCollected",
+            Situation.PATH_COLLECTED,
         )
 
     async def build(self, evaluation: Evaluation, *, progress: OnProgress) -> None:
@@ -74,10 +77,14 @@ class HeldEvaluations:
         finally:
             await self._release(_derivations(evaluation))
 
-    def _hold(self, derivations: Iterable[StorePath]) -> bool:
-        """Take roots; True when everything is still there."""
-        for derivation in derivations:
+    def _hold(self, derivations: Iterable[StorePath]) -> list[StorePath]:
+        """Take roots; returns what had none."""
+        new = [derivation for derivation in derivations if not self._roots.has(derivation.basename, derivation)]
+        for derivation in new:
             self._roots.add(derivation.basename, derivation)
+        return new
+
+    def _are_valid(self, derivations: Iterable[StorePath]) -> bool:
         return all(database.is_valid(self._nix.store, derivation) for derivation in derivations)
 
     def _remove(self, names: Iterable[str]) -> None:

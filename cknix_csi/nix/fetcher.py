@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 
 from cknix_csi.api.errors import CknixError
 from cknix_csi.api.storepath import StorePath
@@ -28,9 +29,18 @@ class StoreFetcher:
     """Fetches by signature only, from the caches that *endpoints* names at that moment."""
 
     def __init__(
-        self, nix: Nix, endpoints: Callable[[], Awaitable[Sequence[CacheEndpoint]]], owner: str = "fetches"
+        self,
+        nix: Nix,
+        endpoints: Callable[[], Awaitable[Sequence[CacheEndpoint]]],
+        owner: str = "fetches",
+        *,
+        fetched: Callable[[int], None] = lambda size: None,
     ) -> None:
-        """*owner* is the directory of GC roots that this object alone adds to and removes from."""
+        """*owner* is the directory of GC roots that this object alone adds to and removes from.
+
+        *fetched* is told after each fetch how many bytes, as NARs, it has brought.
+        """
+        self._fetched = fetched
         self._nix = nix
         self._endpoints = endpoints
         self._roots = GcRoots(nix.store, owner)
@@ -49,11 +59,13 @@ class StoreFetcher:
         Raises what :meth:`Nix.substitute` raises, and DatabaseUnreadable.
         """
         await asyncio.to_thread(recover, self._nix.store)
+        newest = await asyncio.to_thread(self._newest)
         try:
             await self._fetch_undisturbed(path, progress)
         except CknixError:
             await asyncio.to_thread(self._tidy, recovered=True)
             raise
+        self._fetched(await asyncio.to_thread(self._size_since, path, newest))
 
     async def hold(self, path: StorePath) -> None:
         await asyncio.to_thread(self._roots.add, path.basename, path)
@@ -87,6 +99,17 @@ class StoreFetcher:
             if gone := await asyncio.to_thread(missing, self._nix.store, path):
                 _log.warning("%d registered paths of %s are not on disk: %s", len(gone), path, _some(gone))
                 await self._nix.repair(gone, caches, progress=progress)
+
+    def _newest(self) -> int | None:
+        """None when that cannot be told now, which is no reason not to fetch."""
+        with suppress(CknixError):
+            return database.newest(self._nix.store)
+        return None
+
+    def _size_since(self, path: StorePath, newest: int | None) -> int:
+        with suppress(CknixError):
+            return 0 if newest is None else database.size_since(self._nix.store, path, newest)
+        return 0
 
     def _tidy(self, *, recovered: bool) -> None:
         """Give back the space of fetches that were interrupted; what cannot be now can be after the next one."""

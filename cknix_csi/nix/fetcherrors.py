@@ -18,7 +18,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from cknix_csi.api.errors import CacheUnavailable, CknixError, Code, NotFound, PathUntrusted
+from cknix_csi.api.errors import CacheUnavailable, CknixError, NotFound, PathUntrusted
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 
 _UNTRUSTED = (
@@ -39,8 +40,7 @@ _ANSWERED = re.compile("HTTP error [1-9]|unable to download 'file:")
 class PathCollected(CknixError):
     """A garbage collection took a part of what was being fetched: the same fetch may succeed now."""
 
-    code = Code.UNAVAILABLE
-    reason = "PathCollected"
+    situation = Situation.PATH_COLLECTED
 
     def __init__(self, path: StorePath) -> None:
         super().__init__(f"a garbage collection came in between while {path} was fetched or built; it is tried again")
@@ -82,7 +82,7 @@ def fetch_error(path: StorePath, urls: Sequence[str], errors: Sequence[str], war
         return CacheUnavailable(f"{path} is not on this node; {asked} do not have it")
     return NotFound(
         f"{path} is not on this node, and {asked} does not have it; build it there, or correct the store path",
-        reason="PathNotFound",
+        Situation.PATH_NOT_FOUND,
     )
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from cknix_csi.api.storepath import InvalidStorePath, StorePath
-from cknix_csi.nix.collector import tell_collector
+from cknix_csi.nix.collector import CollectionRuns, outlast_in_thread, tell_collector
 from cknix_csi.nix.store import Store
 
 _NEW = ".new"
@@ -23,22 +24,35 @@ class GcRoots:
     A name is one or more plain file names joined by ``/``.  Only one process may own a directory of roots at a time.
     """
 
-    def __init__(self, store: Store, owner: str, *, durable: bool = True) -> None:
-        """*durable*: a root is on the disk when :meth:`add` returns; not so for those a power cut leaves no need of."""
+    def __init__(self, store: Store, owner: str, *, durable: bool = True, outlasting: bool = False) -> None:
+        """*durable*: a root is on the disk when :meth:`add` returns; not so for those a power cut leaves no need of.
+
+        *outlasting*: :meth:`add` of a new root waits for a collection that may be about to delete what it is for.
+        """
         self._store = store
         self._durable = durable
+        self._outlasting = outlasting
         self._directory = store.gcroots / owner
         # remove() takes away empty directories under the feet of an add() in another thread.
         self._lock = threading.Lock()
+        self.removed = 0
+        """How many roots :meth:`remove` has found and taken away so far: what they kept may be garbage since."""
 
     def add(self, name: str, path: StorePath) -> None:
         """Root *path* under *name*, replacing what was there.
 
-        When this returns, the root holds also against a collection that began before, but for one that is about to
-        delete *path* together with others; *path* may be gone already: look it up afterwards.
+        When this returns, the root holds also against a collection that began before; but for one that is about to
+        delete *path* together with others, unless this object is *outlasting*.  *path* may be gone already: look it up
+        afterwards.  Raises OSError, and CollectionRuns when that wait is too long: then there is no root.
         """
-        self._link_to(self._link(name), path)
+        new = self._link_to(self._link(name), path)
         tell_collector(self._store, path)
+        if new and self._outlasting:
+            try:
+                outlast_in_thread(self._store, path)
+            except CollectionRuns:
+                self.remove(name)  # the next add is to wait again
+                raise
 
     def has(self, name: str, path: StorePath) -> bool:
         """True when *path* is rooted under *name*."""
@@ -47,11 +61,12 @@ class GcRoots:
         except FileNotFoundError:
             return False
 
-    def _link_to(self, link: Path, path: StorePath) -> None:
+    def _link_to(self, link: Path, path: StorePath) -> bool:
+        """False when it was there already."""
         with self._lock:
             try:
                 if os.readlink(link) == str(path):
-                    return
+                    return False
             except FileNotFoundError:
                 pass
             if self._durable:
@@ -64,12 +79,15 @@ class GcRoots:
             beside.replace(link)
             if self._durable:
                 _fsync_directory(link.parent)
+            return True
 
     def remove(self, name: str) -> None:
         """Drop the root *name*, and directories that are empty without it.  No root of that name is no error."""
         link = self._link(name)
         with self._lock:
-            link.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                link.unlink()
+                self.removed += 1
             # Left by a crash within add(); Nix takes it for a root like any other.
             link.with_name(_NEW).unlink(missing_ok=True)
             for parent in link.parents:

@@ -32,6 +32,7 @@ from cknix_csi.api.errors import (
 )
 from cknix_csi.api.expression import FLAKE_REF_PATTERN, Data
 from cknix_csi.api.progress import Progress, humanise
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
 from cknix_csi.nix import database, localflakes, process
 from cknix_csi.nix.confine import confined, contained
@@ -283,12 +284,13 @@ class Nix:
                 await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True, exist_ok=True)
             return await process.run(argv, env=self._environment(), deadline=deadline, on_line=log.feed, cwd=directory)
         except FileNotFoundError as error:
-            raise CknixError(f"{error.filename} was not found; is Nix on PATH?", reason="NixNotFound") from None
+            raise CknixError(f"{error.filename} was not found; is Nix on PATH?", Situation.NIX_NOT_FOUND) from None
 
     def _scratch(self) -> Path:
         """Where Nix and we keep temporary files: what others build is not for everybody in ``/tmp``."""
+        self._options.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         scratch = self._options.home / "tmp"
-        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        scratch.mkdir(mode=0o700, exist_ok=True)
         return scratch
 
     def _readable(self, message: str) -> str:

@@ -3,7 +3,7 @@
 A disk that lost data, or an administrator, can take store objects or the database away.  Everything can be fetched
 again, but nothing that a mounted view shows may change under it, and Nix deletes what it finds on disk and not in its
 database before it puts its own there.  So what the views show is registered again first: each view has a database of
-exactly its closure.  What exists is never rewritten; only what is missing is fetched.
+exactly its closure, and so has each farm.  What exists is never rewritten; only what is missing is fetched.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from cknix_csi.api.closure import PathInfo
-from cknix_csi.api.errors import CknixError, Code, OutOfSpace
+from cknix_csi.api.errors import CknixError, OutOfSpace
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix import database
 from cknix_csi.nix.database import DatabaseDamaged, DatabaseUnreadable, PathNotValid
 from cknix_csi.nix.store import Store, is_basename
 
-# Where a node's views are, and in them what StoreClosures.write_state wrote.
-_VIEWS = "views"
-_STATE = "meta/nix/var/nix/db/db.sqlite"
+# Where a node's views and farms are, and in them what StoreClosures.write_state wrote.
+_VIEWS, _OF_A_VIEW = "views", "meta/nix/var/nix/db/db.sqlite"
+_FARMS, _OF_A_FARM = "farms", "tree/nix/var/nix/db/db.sqlite"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 _T = TypeVar("_T")
@@ -39,12 +40,11 @@ _lock = threading.Lock()
 class StoreUnreadable(CknixError):
     """The operating system cannot tell what is in the store."""
 
-    code = Code.UNAVAILABLE
-    reason = "StoreUnreadable"
+    situation = Situation.STORE_UNREADABLE
 
 
 def recover(store: Store) -> None:
-    """Give *store* a database that holds at least what its views show.  Synchronous: call it from a thread.
+    """Give *store* a database that holds at least what its views and farms show.  Synchronous: call it from a thread.
 
     To be called before anything is fetched.  A database that cannot be read any more is set aside.  Raises
     :class:`DatabaseUnreadable` also when a view's cannot be read: then nobody knows what must not be touched;
@@ -65,12 +65,12 @@ def recover(store: Store) -> None:
 
 
 def shown(store: Store) -> set[str]:
-    """All paths that views show, in use or not.  Synchronous.
+    """All paths that views and farms show, in use or not.  Synchronous.
 
     Raises :class:`DatabaseUnreadable`, :class:`OutOfSpace` and :class:`StoreUnreadable`.
     """
     with _told(store):
-        return {path for paths in _of_views(store, database.read_paths) for path in paths}
+        return {path for paths in _of_trees(store, database.read_paths) for path in paths}
 
 
 def is_whole(store: Store, path: StorePath) -> bool:
@@ -118,21 +118,32 @@ def _told(store: Store) -> Iterator[None]:
 
 
 def _shown(store: Store, known: set[str]) -> dict[StorePath, PathInfo]:
-    """What the views show, all of them together, by path and without what is *known*."""
-    found = _of_views(store, lambda file: database.read_database(file, known))
+    """What views and farms show, all of them together, by path and without what is *known*."""
+    found = _of_trees(store, lambda file: database.read_database(file, known))
     return {info.path: info for infos in found for info in infos}
 
 
-def _of_views(store: Store, read: Callable[[Path], _T]) -> list[_T]:
-    """What *read* gives of each view's database."""
-    if store.root is None or not (views := store.root / _VIEWS).is_dir():
-        return []
+def _of_trees(store: Store, read: Callable[[Path], _T]) -> list[_T]:
+    """What *read* gives of each view's and each farm's database."""
     found = []
-    for view in sorted(views.iterdir()):
+    for view in _entries(store, _VIEWS):
         try:
-            found.append(read(view / _STATE))
+            found.append(read(view / _OF_A_VIEW))
         except DatabaseUnreadable:
             # One that is being built is not whole yet, one may just have gone, and what is no view shows nothing.
             if is_basename(view.name) and view.exists():
                 raise
+    for farm in _entries(store, _FARMS):
+        try:
+            found.append(read(farm / _OF_A_FARM))
+        except DatabaseUnreadable as error:
+            # Its files have names of their own: they stay as they are, whatever becomes of those in the store.
+            if is_basename(farm.name) and farm.exists():
+                _log.warning("what the farm %s shows is not known: %s", farm.name, error)
     return found
+
+
+def _entries(store: Store, name: str) -> list[Path]:
+    if store.root is None or not (directory := store.root / name).is_dir():
+        return []
+    return sorted(directory.iterdir())

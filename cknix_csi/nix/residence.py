@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
 
 _LOCK = ".lock"
 _POLL_SECONDS = 0.5
@@ -26,8 +27,7 @@ _log = logging.getLogger(__name__)
 class DataRootOccupied(CknixError):
     """Another process works on the data root."""
 
-    code = Code.FAILED_PRECONDITION
-    reason = "DataRootOccupied"
+    situation = Situation.DATA_ROOT_OCCUPIED
 
 
 async def move_in(data_root: Path, *, patience: float) -> int:

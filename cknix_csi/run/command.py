@@ -16,6 +16,7 @@ from pathlib import Path
 from cknix_csi.api.attributes import STORE_PATH
 from cknix_csi.api.errors import CknixError, Invalid, Problem
 from cknix_csi.api.expression import Spec
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix import nix as nix_commands
 from cknix_csi.nix.closures import StoreClosures
@@ -63,9 +64,15 @@ def run(options: Options, environment: Mapping[str, str]) -> int:
     name, spec = _source(options)
     settings = run_settings(environment, _data_root(options), restricted=options.restricted)
     if os.geteuid() != 0:
-        raise CknixError("mounting needs root: run it with sudo, or as root in a container with CAP_SYS_ADMIN")
+        raise CknixError(
+            "mounting needs root: run it with sudo, or as root in a container with CAP_SYS_ADMIN",
+            Situation.NOT_PRIVILEGED,
+        )
     if not nix_commands.installed():
-        raise CknixError("the Nix commands are not on PATH; on Debian: apt-get install --no-install-recommends nix-bin")
+        raise CknixError(
+            "the Nix commands are not on PATH; on Debian: apt-get install --no-install-recommends nix-bin",
+            Situation.NIX_NOT_FOUND,
+        )
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="cknix: %(levelname)s %(name)s: %(message)s")
     # What the node service refuses is this program's own last line; what else it cannot do is no matter here.
     for quiet in ("cknix_csi.csi.rpc", "cknix_csi.volumes.abilities"):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
 from cknix_csi.api.presentation import Presentation
+from cknix_csi.api.situations import Situation
 from cknix_csi.volumes.probe import TITLES, Finding, ProbeResult
 
 _VIEW = ("listing", "directory_content", "stub_content", "read_only", "store_layer")
@@ -48,15 +49,14 @@ class Choice:
 class PresentationUnavailable(CknixError):
     """This node has no way to make the volume as it is asked for."""
 
-    code = Code.FAILED_PRECONDITION
-    reason = "PresentationUnavailable"
+    situation = Situation.PRESENTATION_UNAVAILABLE
 
 
 def choose(probe: ProbeResult, request: Wish) -> Choice:
     """The presentation for *request* on the node of *probe*.
 
-    Raises PresentationUnavailable, with the code INVALID_ARGUMENT for what no node could do, naming every property that
-    stands in the way, and what helps.
+    Raises PresentationUnavailable, of the situation PRESENTATION_IMPOSSIBLE for what no node could do, naming every
+    property that stands in the way, and what helps.
     """
     if request.writable and request.size_limit is not None and (obstacle := _failing(probe, "loop")):
         raise PresentationUnavailable(f"a size limit cannot be kept on this node: {obstacle}; leave the limit out")
@@ -71,7 +71,7 @@ def choose(probe: ProbeResult, request: Wish) -> Choice:
     raise PresentationUnavailable(
         f"a {'writable' if request.writable else 'read-only'} volume cannot be had this way: {said}"
         + _ways_out(probe, request),
-        code=Code.INVALID_ARGUMENT if all(_hopeless(each, request) for each in wanted) else Code.FAILED_PRECONDITION,
+        Situation.PRESENTATION_IMPOSSIBLE if all(_hopeless(each, request) for each in wanted) else None,
     )
 
 
@@ -125,7 +125,9 @@ def _obstacle(presentation: Presentation, probe: ProbeResult, request: Wish) -> 
 
 def _needs(presentation: Presentation, request: Wish) -> tuple[str, ...]:
     """The properties without which *request* cannot have that presentation."""
-    idmap = () if request.host_users else ("idmap",)
+    # A copy is where it may grow to: its own file system, where it has one.
+    limited = request.writable and request.size_limit is not None and presentation is Presentation.COPY
+    idmap = () if request.host_users else ("idmap_sized" if limited else "idmap",)
     match presentation:
         case Presentation.REDIRECT:
             return _WRITABLE_VIEW if request.writable else _VIEW

@@ -14,12 +14,13 @@ import os
 import stat
 import threading
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from cknix_csi.volumes import syscalls
+from cknix_csi.volumes import soundness, syscalls
 from cknix_csi.volumes.failures import StoreDamaged
 from cknix_csi.volumes.farm import FarmReport
 from cknix_csi.volumes.locks import finish
@@ -35,6 +36,13 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _RESOLVE = syscalls.RESOLVE_NO_XDEV | syscalls.RESOLVE_NO_SYMLINKS
 _NO_REFLINK = {errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV}
 """What FICLONE answers when it will answer so for every file of this pair of directories."""
+
+
+_BLOCK = 4096
+_BLOCK_OF_STAT = 512
+"""Bytes per unit of st_blocks, whatever the file system (stat(2))."""
+
+T = TypeVar("T")
 
 
 class Stopped(Exception):
@@ -62,19 +70,29 @@ async def rebuild(store_dir: Path, names: Sequence[str], placer: Placer, destina
 
     Cancelled, it stops all threads and waits for them.  Raises OSError, StoreDamaged.
     """
-    work = _Rebuild(placer, threads)
-    # A thread of its own, not one of the loop's few: what is quick must not wait for this.
+    return await _rebuild(_Rebuild(placer, threads), store_dir, names, destination)
+
+
+async def _rebuild(work: _Rebuild, store_dir: Path, names: Sequence[str], destination: str) -> FarmReport:
+    return await _aside(lambda: work.run(str(store_dir), names, destination), work.stop)
+
+
+async def _aside(work: Callable[[], T], stop: Callable[[], None]) -> T:
+    """Run *work* in a thread of its own, not one of the loop's few: what is quick must not wait for this.
+
+    Cancelled, it calls *stop* and waits for the end.
+    """
     with ThreadPoolExecutor(1, "cknix tree 0") as executor:
-        running = asyncio.get_running_loop().run_in_executor(executor, work.run, str(store_dir), names, destination)
+        running = asyncio.get_running_loop().run_in_executor(executor, work)
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
-            work.stop()
+            stop()
             await finish(_ended(running))
             raise
 
 
-async def _ended(running: asyncio.Future[FarmReport]) -> None:
+async def _ended(running: asyncio.Future[T]) -> None:
     await asyncio.wait({running})
     if not running.cancelled():
         running.exception()  # seen: what failed last does not matter to who has given up
@@ -92,9 +110,15 @@ class _Rebuild:
         self._busy = 0
         self._stopped = False
         self._failure: BaseException | None = None
-        self._report = FarmReport()
+        self._reports: list[FarmReport] = []
+        """One of each thread, growing."""
         self._source = -1
         self._target = -1
+
+    @property
+    def bytes_done(self) -> int:
+        """Of files' data, so far."""
+        return sum(report.bytes_copied + report.bytes_reflinked for report in self._reports)
 
     def stop(self) -> None:
         self._placer.stop()
@@ -108,7 +132,7 @@ class _Rebuild:
             syscalls.owned(os.open(destination, _DIRECTORY)) as self._target,
         ):
             top = [(name, None) for name in names]
-            self._waiting = self._entries(self._source, self._target, "", top, self._report)
+            self._waiting = self._entries(self._source, self._target, "", top, self._new_report())
             helpers: list[threading.Thread] = []
             try:
                 for number in range(1, self._threads):
@@ -125,10 +149,13 @@ class _Rebuild:
         if self._failure is not None:
             raise self._failure
         self._placer.close()
-        return self._report
+        total = FarmReport()
+        for report in self._reports:
+            total.add(report)
+        return total
 
     def _work(self) -> None:
-        report = FarmReport()
+        report = self._new_report()
         try:
             found: list[str] | None = None
             while (path := self._next(found)) is not None:
@@ -137,8 +164,12 @@ class _Rebuild:
             with self._changed:
                 self._failure = self._failure or failure
             self.stop()
+
+    def _new_report(self) -> FarmReport:
+        report = FarmReport()
         with self._changed:
-            self._report.add(report)
+            self._reports.append(report)
+        return report
 
     def _next(self, found: list[str] | None) -> str | None:
         """Put down what was *found* in the last directory and take another; None when all is done."""
@@ -302,7 +333,7 @@ class Copier:
                 report.reflinked += 1
                 report.bytes_reflinked += found.st_size
             else:
-                report.bytes_copied += self._copy_data(original, found.st_size, copy)
+                self._copy_data(original, found.st_size, copy, report)
                 report.copied += 1
             copy_metadata(found, copy)
 
@@ -319,10 +350,10 @@ class Copier:
             return False
         return True
 
-    def _copy_data(self, original: int, size: int, copy: int) -> int:
-        """Copy what is not a hole; returns the number of bytes."""
+    def _copy_data(self, original: int, size: int, copy: int, report: FarmReport) -> None:
+        """Copy what is not a hole."""
         os.ftruncate(copy, size)
-        copied = end = 0
+        end = 0
         while (start := _next_data(original, end)) is not None:
             end = os.lseek(original, start, os.SEEK_HOLE)
             os.lseek(copy, start, os.SEEK_SET)
@@ -334,8 +365,7 @@ class Copier:
                 if not sent:
                     raise OSError(errno.EIO, "the file became shorter while it was copied")
                 start += sent
-                copied += sent
-        return copied
+                report.bytes_copied += sent
 
 
 def _next_data(file: int, offset: int) -> int | None:
@@ -352,7 +382,64 @@ class CopyEngine:
 
     def __init__(self, threads: int = THREADS) -> None:
         self._threads = threads
+        self._work: _Rebuild | None = None
+
+    @property
+    def bytes_done(self) -> int:
+        """How many bytes of files' data the last :meth:`fill` has made so far."""
+        return self._work.bytes_done if self._work is not None else 0
 
     async def fill(self, store_dir: Path, names: Sequence[str], destination: str) -> FarmReport:
         """See :class:`~cknix_csi.volumes.farm.FarmEngine`."""
-        return await rebuild(store_dir, names, Copier(destination), destination, self._threads)
+        self._work = _Rebuild(Copier(destination), self._threads)
+        return await _rebuild(self._work, store_dir, names, destination)
+
+    async def measure(self, store_dir: Path, names: Sequence[str]) -> CopySize:
+        """What a copy of the objects *names* of *store_dir* will take.
+
+        A cancellation ends the work soon.  Raises OSError, StoreDamaged.
+        """
+        stop = threading.Event()
+        return await _aside(lambda: _measure(str(store_dir), names, stop), stop.set)
+
+
+@dataclass(frozen=True, slots=True)
+class CopySize:
+    """The data of files, of which each inode counts once and holes do not."""
+
+    data: int
+    """Bytes: no file system that keeps them as they are takes less."""
+    in_blocks: int
+    """Bytes, each file in whole blocks of 4 KiB: what ext4 and tmpfs take at the least."""
+
+
+def _measure(store_dir: str, names: Sequence[str], stop: threading.Event) -> CopySize:
+    data = in_blocks = 0
+    seen: set[tuple[int, int]] = set()
+    waiting: list[str] = []
+
+    def count(path: str, found: os.stat_result) -> None:
+        nonlocal data, in_blocks
+        if stat.S_ISDIR(found.st_mode):
+            waiting.append(path)
+        elif stat.S_ISREG(found.st_mode) and (found.st_dev, found.st_ino) not in seen:
+            if found.st_nlink > 1:
+                seen.add((found.st_dev, found.st_ino))
+            size = min(found.st_size, found.st_blocks * _BLOCK_OF_STAT)
+            data += size
+            in_blocks += -(-size // _BLOCK) * _BLOCK
+
+    with syscalls.owned(os.open(store_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as top:
+        for name in names:
+            try:
+                count(name, os.stat(name, dir_fd=top, follow_symlinks=False))
+            except FileNotFoundError:
+                raise soundness.missing(name) from None
+        while waiting:
+            if stop.is_set():
+                raise Stopped
+            path = waiting.pop()
+            with syscalls.owned(_open(top, path)) as directory, os.scandir(directory) as entries:
+                for entry in entries:
+                    count(f"{path}/{entry.name}", entry.stat(follow_symlinks=False))
+    return CopySize(data, in_blocks)

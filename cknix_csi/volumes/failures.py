@@ -7,7 +7,8 @@ import errno
 import os
 from collections.abc import Iterator
 
-from cknix_csi.api.errors import CknixError, Code, OutOfSpace
+from cknix_csi.api.errors import CknixError, OutOfSpace
+from cknix_csi.api.situations import Situation
 
 _REMEDIES = {
     errno.EPERM: "the driver needs CAP_SYS_ADMIN: its container must be privileged",
@@ -23,42 +24,47 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 class TargetUnusable(CknixError):
     """What is at a target path is not ours to mount on or to remove."""
 
-    code = Code.FAILED_PRECONDITION
-    reason = "TargetUnusable"
+    situation = Situation.TARGET_UNUSABLE
 
 
 class StoreDamaged(CknixError):
     """A store object that Nix's database lists is not in the store."""
 
-    code = Code.FAILED_PRECONDITION
-    reason = "StoreDamaged"
+    situation = Situation.STORE_DAMAGED
 
 
 class ViewDamaged(CknixError):
     """A view that pods use is not whole any more; it cannot be built anew under them."""
 
-    code = Code.FAILED_PRECONDITION
-    reason = "ViewDamaged"
+    situation = Situation.VIEW_DAMAGED
 
 
 class VolumeFailed(CknixError):
     """A file operation in the driver's own directories failed."""
 
-    reason = "VolumeFailed"
+    situation = Situation.VOLUME_FAILED
+
+
+class LimitReached(OutOfSpace):
+    """A volume's own size limit is too small; the node's disk has room."""
 
 
 class NotUndone(CknixError):
     """A publish failed and left traces: transient, so that kubelet asks again or unpublishes."""
 
-    code = Code.UNAVAILABLE
-    reason = "VolumeFailed"
+    situation = Situation.NOT_UNDONE
+
+
+class NodeUnusable(CknixError):
+    """Nothing can be mounted or unmounted here, whatever it is."""
+
+    situation = Situation.NODE_UNUSABLE
 
 
 class DataRootTaken(CknixError):
     """Another process works on the same data root: it sees mounts that this one may not."""
 
-    code = Code.UNAVAILABLE
-    reason = "DataRootTaken"
+    situation = Situation.DATA_ROOT_TAKEN
 
 
 @contextlib.contextmanager

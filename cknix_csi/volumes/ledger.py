@@ -25,6 +25,7 @@ from urllib.parse import quote
 import aiosqlite
 
 from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class ClosureUse:
 class LedgerUnreadable(CknixError):
     """The file of a ledger is no use to a reader."""
 
-    reason = "LedgerUnreadable"
+    situation = Situation.LEDGER_UNREADABLE
 
 
 class Mounted(Protocol):
@@ -213,6 +214,15 @@ class Ledger:
             self._uses[before.closure_id] = replace(use, last_used=max(self._clock(), use.last_used))
             self._changes.closures.add(before.closure_id)
         self._changed.set()
+
+    def count(self) -> tuple[int, int]:
+        """How many volumes are published, and how many closures are remembered."""
+        return len(self._published), len(self._uses)
+
+    @property
+    def is_written(self) -> bool:
+        """False when the file could not be written or read last time."""
+        return not self._complained
 
     def publications(self) -> list[Published]:
         """What is published, by target."""
@@ -369,6 +379,13 @@ class _Newer(sqlite3.DatabaseError):
         self.version = version
 
 
+class _NoFile(sqlite3.DatabaseError):
+    """A directory where the file should be."""
+
+    def __init__(self) -> None:
+        super().__init__("it is a directory")
+
+
 class _File:
     """The SQLite file: opened, migrated, and begun anew when it is no use."""
 
@@ -382,6 +399,8 @@ class _File:
         """What is in the file; what was published before the last boot is not.  Raises sqlite3.Error, OSError."""
         await asyncio.to_thread(self.path.parent.mkdir, parents=True, exist_ok=True)
         try:
+            if await asyncio.to_thread(self.path.is_dir):
+                raise _NoFile
             return await self._open()
         except sqlite3.Error as error:
             if not _is_unfit(error):
@@ -491,10 +510,11 @@ class _File:
             raise
 
     def _begin_anew(self, why: sqlite3.Error) -> None:
-        """Take the file away; one of a newer version is kept for whoever goes back to that version."""
+        """Take the file away; one of a newer version is kept for whoever goes back to that version, as is no file."""
         aside = None
-        if isinstance(why, _Newer):
-            aside = f"{self.path}.schema-{why.version}-{time.strftime('%Y%m%dT%H%M%S')}"
+        if isinstance(why, _Newer | _NoFile):
+            kind = f"schema-{why.version}" if isinstance(why, _Newer) else "no-file"
+            aside = f"{self.path}.{kind}-{time.strftime('%Y%m%dT%H%M%S')}"
         for part in ("-shm", "-wal", ""):
             with suppress(FileNotFoundError):
                 if aside:
@@ -518,15 +538,26 @@ def read_published(file: Path) -> list[Published]:
 
     Raises :class:`LedgerUnreadable`.
     """
-    if not file.exists():
-        raise LedgerUnreadable(f"there is no ledger {file}: no node daemon has worked with this data root")
+    try:
+        with file.open("rb"):
+            pass
+    except (FileNotFoundError, NotADirectoryError):
+        raise LedgerUnreadable(f"there is no ledger {file}: no node daemon has worked with this data root") from None
+    except IsADirectoryError:
+        raise LedgerUnreadable(
+            f"the ledger {file} is a directory; the node daemon puts that aside and begins anew when it starts"
+        ) from None
+    except OSError as error:
+        help_ = "run this as root" if isinstance(error, PermissionError) else "see the kernel log"
+        raise LedgerUnreadable(f"the ledger {file} cannot be read: {error.strerror}; {help_}") from error
     try:
         uri = f"file:{quote(str(file))}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS)) as database:
             return [_published(row) for row in database.execute(_ALL_PUBLISHED)]
     except sqlite3.Error as error:
+        anew = "the node daemon of this version makes it anew when it starts"
         raise LedgerUnreadable(
-            f"the ledger {file} cannot be read: {error}; the node daemon of this version makes it anew when it starts"
+            f"the ledger {file} cannot be read: {error}; {anew if _is_unfit(error) else 'try again, as root'}"
         ) from error
 
 
@@ -557,7 +588,7 @@ def _is_unfit(error: sqlite3.Error) -> bool:
     """The file is to blame, and not the disk that it is on."""
     name = getattr(error, "sqlite_errorname", "")
     # SQLITE_ERROR: a table or a column is not there.
-    return isinstance(error, _Damaged | _Newer) or name.startswith(_UNFIT) or name == "SQLITE_ERROR"
+    return isinstance(error, _Damaged | _Newer | _NoFile) or name.startswith(_UNFIT) or name == "SQLITE_ERROR"
 
 
 def _this_boot() -> str:

@@ -75,6 +75,15 @@ class ProcessLock:
         self._descriptor = descriptor
         return True
 
+    def is_moot(self) -> bool:
+        """True when this object has the lock of a directory that is not at the path any more.  Raises OSError."""
+        if self._descriptor is None:
+            return False
+        try:
+            return not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
+        except FileNotFoundError:
+            return True
+
     def release(self) -> None:
         """Let go of it; fine when it was not taken."""
         if self._descriptor is not None:

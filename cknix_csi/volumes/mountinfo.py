@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
 
 MOUNTINFO = Path("/proc/self/mountinfo")
 
@@ -29,8 +30,7 @@ _TAIL_FIELDS = 3
 class MountTableUnreadable(CknixError):
     """Nobody can say what is mounted: callers must assume that everything is, and touch nothing."""
 
-    code = Code.UNAVAILABLE
-    reason = "MountTableUnreadable"
+    situation = Situation.MOUNT_TABLE_UNREADABLE
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,11 +23,13 @@ from pathlib import Path
 
 from cknix_csi.api.closure import Closure, PathInfo
 from cknix_csi.api.errors import CknixError
+from cknix_csi.api.limits import MINIMUM_BYTES, Limit
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.volumes import loop, syscalls
 from cknix_csi.volumes.failures import DataRootTaken, explained
 from cknix_csi.volumes.locks import ProcessLock
 from cknix_csi.volumes.mounts import Mounts, Upper
+from cknix_csi.volumes.sized import SPACE, KernelSizedStorage
 from cknix_csi.volumes.trash import Trash, delete_tree
 from cknix_csi.volumes.view import Views
 
@@ -85,6 +87,7 @@ class ProbeResult:
     reflink: Finding
     loop: Finding
     idmap: Finding
+    idmap_sized: Finding
     idmapped_overlay: Finding
 
 
@@ -104,6 +107,7 @@ TITLES = {
     "reflink": "reflinks from the store to the data root",
     "loop": "loop devices, for size limits",
     "idmap": "id-mapped mounts of the data root",
+    "idmap_sized": "id-mapped mounts of a place of limited size",
     "idmapped_overlay": "id-mapped mounts of an overlay",
 }
 """The properties in words, by the names of their fields."""
@@ -123,7 +127,7 @@ def probe(scratch: Path, store_dir: Path, mounts: Mounts) -> ProbeResult:
     """Try every property, below *scratch* (made when missing, and the probe's alone), for the store in *store_dir*.
 
     A store that does not exist yet, as on a new node, is taken for one that is empty and on the mount of *scratch*.
-    Call it in a worker thread, and wait for its end: it takes some 50 ms.  However it ends, it leaves no mount and no
+    Call it in a worker thread, and wait for its end: it takes some 100 ms.  However it ends, it leaves no mount and no
     file, nor what a killed one left.  Raises DataRootTaken while another probe works there, OutOfSpace, VolumeFailed
     for a *scratch* that cannot be written to; what else fails is a finding.
     """
@@ -148,6 +152,7 @@ class _Unlike(Exception):
 
 
 _Check = Callable[[], str]
+_SIZED = "sized"
 _MOUNT_POINTS = ("view", "view-pod", "writable", "writable-pod", "layer", "plain", "plain-writable")
 
 
@@ -157,6 +162,8 @@ def _clean(top: str, mounts: Mounts) -> None:
         for name in reversed(_MOUNT_POINTS):
             if mounts.mounted(f"{top}/{name}"):
                 mounts.unmount(f"{top}/{name}")
+        if os.path.lexists(f"{top}/{_SIZED}"):
+            KernelSizedStorage(mounts).release(f"{top}/{_SIZED}")
         for name in os.listdir(top):
             delete_tree(f"{top}/{name}")
     except (OSError, CknixError) as error:
@@ -204,6 +211,7 @@ class _Probe:
             reflink=_found(self._reflink),
             loop=_found(self._loop),
             idmap=_found(functools.partial(self._idmap, self._store)),
+            idmap_sized=_found(self._idmap_sized),
             idmapped_overlay=plain(self._idmap),
             # Last, since a write that does reach the store would spoil the others; chmod before what copies the file.
             chmod_apart=writable(self._chmod_apart),
@@ -403,6 +411,16 @@ class _Probe:
             image.truncate(1 << 20)
             with loop.attached(image.fileno(), name=_SOURCE, scratch=self._top) as device:
                 return device
+
+    def _idmap_sized(self) -> str:
+        at = f"{self._top}/{_SIZED}"
+        os.mkdir(at)
+        storage = KernelSizedStorage(self._mounts)
+        try:
+            storage.make(at, Limit(MINIMUM_BYTES))
+            return self._idmap(f"{at}/{SPACE}")
+        finally:
+            storage.release(at)
 
     def _idmap(self, directory: str) -> str:
         owner = os.stat(directory).st_uid

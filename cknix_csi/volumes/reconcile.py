@@ -73,21 +73,24 @@ class Reconciliation:
         return report
 
     async def hold_mounted(self) -> list[str]:
-        """Take the GC roots that are missing of closures that are mounted; returns their ids.
+        """Take the GC roots that are missing of closures that are mounted or being copied; returns their ids.
 
         Raises MountTableUnreadable, and what taking a root raises.
         """
         held = await self._held()
         taken = []
-        for closure_id in sorted(self._mounted(await asyncio.to_thread(self._mounts.table)) - held):
+        for closure_id in sorted(await self._needed() - held):
             async with self._locks.hold(closure_key(closure_id)):
-                if closure_id in self._mounted(await asyncio.to_thread(self._mounts.table)):
+                if closure_id in await self._needed():
                     await finish(self._closures.hold(closure_id, StorePath.from_basename(closure_id)))
                     taken.append(closure_id)
         return taken
 
     async def _held(self) -> set[str]:
         return {name for name, root in (await self._closures.held()).items() if name == root.basename}
+
+    async def _needed(self) -> set[str]:
+        return self._mounted(await asyncio.to_thread(self._mounts.table)) | self._unused.pinned()
 
     def _mounted(self, table: MountTable) -> set[str]:
         return {closure_id for trees in self._trees for closure_id in trees.shown(table)}

@@ -36,8 +36,13 @@ class Trash:
 
     def take(self, path: str) -> None:
         """Rename *path* into the trash; the caller knows that no mount uses it.  Raises VolumeFailed."""
+        name = f"{self._directory}/{uuid.uuid4().hex}"
         with explained(f"move {path} to {self._directory}"):
-            os.rename(path, f"{self._directory}/{uuid.uuid4().hex}")
+            try:
+                os.rename(path, name)
+            except FileNotFoundError:  # somebody has emptied the trash by taking it away
+                os.makedirs(self._directory, 0o700, exist_ok=True)
+                os.rename(path, name)
         self._pending = True
 
     def empty(self) -> None:
@@ -49,6 +54,12 @@ class Trash:
         """:meth:`empty`, also of what could not be deleted before."""
         self._pending = True
         self.empty()
+
+    async def emptied(self, patience: float) -> None:
+        """Wait until what was taken is deleted, at most *patience* seconds."""
+        self.empty()
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=patience)
 
     async def close(self) -> None:
         """Wait for what :meth:`empty` began."""
@@ -64,6 +75,8 @@ class Trash:
         try:
             with os.scandir(self._directory) as entries:
                 found = [entry.path for entry in entries]
+        except FileNotFoundError:
+            return
         except OSError as error:
             log.warning("cannot empty %s: %s", self._directory, error)
             return

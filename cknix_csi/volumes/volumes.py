@@ -16,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,11 +31,11 @@ from cknix_csi.volumes.choose import Choice, Wish
 from cknix_csi.volumes.closures import Closures
 from cknix_csi.volumes.copies import Copies, CopyCost
 from cknix_csi.volumes.copytree import CopyEngine
-from cknix_csi.volumes.failures import DataRootTaken, NotUndone, ViewDamaged, explained
+from cknix_csi.volumes.failures import DataRootTaken, NodeUnusable, NotUndone, ViewDamaged, explained
 from cknix_csi.volumes.farm import Farms
 from cknix_csi.volumes.linking import LinkEngine
 from cknix_csi.volumes.locks import KeyedLocks, ProcessLock, finish, in_thread
-from cknix_csi.volumes.mountinfo import Mount
+from cknix_csi.volumes.mountinfo import Mount, MountTableUnreadable
 from cknix_csi.volumes.mounts import KernelMounts, Mounts
 from cknix_csi.volumes.place import Place
 from cknix_csi.volumes.private import PrivateLayers, volume_key
@@ -55,6 +56,7 @@ log = logging.getLogger(__name__)
 
 _LONGEST_ROOT = 128
 """Bytes; the paths of upper layers are mount options of at most 255."""
+_DELETION_SECONDS = 60.0
 _ROOT_SYNTAX = frozenset('\\:, \t\n"')
 
 
@@ -72,6 +74,8 @@ class PublishRequest:
     """What the volume is to be made of; None: whatever suits this node and the pod."""
     host_users: bool = True
     """False for a pod of a user namespace of its own, whose runtime id-maps the volume."""
+    maximum: int | None = None
+    """Bytes that a private copy may take, whether it is written to or not; None: as many as the disk has."""
 
     @property
     def wish(self) -> Wish:
@@ -101,6 +105,16 @@ class Made:
         return self.presentation is Presentation.REDIRECT
 
 
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """How many there are."""
+
+    mounted: Mapping[tuple[Presentation, bool], int]
+    """Volumes in pods, by what they are and whether they are writable."""
+    trees: Mapping[Presentation, int]
+    """Shared trees on disk, in use or kept, by what they are."""
+
+
 @dataclass(slots=True)
 class _Attempt:
     """A publish under way, and what it has begun: that, and nothing else, is undone when it fails."""
@@ -115,6 +129,8 @@ class _Attempt:
     made_private: bool = False
     mounted: bool = False
     choice: Choice | None = None
+    pinned: bool = False
+    """Its closure is held for being copied."""
     copy: str = ""
     """The directory that holds the private copy, if there is one."""
     cost: CopyCost | None = None
@@ -172,7 +188,7 @@ class Volumes:
         self._views = Views(f"{root}/views", store_dir, self._trash)
         self._farms = Farms(f"{root}/farms", store_dir, self._trash, LinkEngine(), var, ours=place.holds)
         self._private = PrivateLayers(f"{root}/volumes", self._trash, self._mounts, sized)
-        self._copies = Copies(f"{root}/volumes", place, store_dir, CopyEngine(), var)
+        self._copies = Copies(f"{root}/volumes", place, store_dir, CopyEngine, var, emptied=self.emptied)
         trees: tuple[Trees, ...] = (self._views, self._farms)
         self._published = Published(trees, self._private, self._copies, sized)
         self._locks = KeyedLocks()
@@ -215,29 +231,28 @@ class Volumes:
 
         Does nothing when exactly that is there, and returns None.  On failure and cancellation nothing is left.  Raises
         Conflict for another volume or a foreign mount there, TargetUnusable for anything but an empty directory in an
-        existing one, PresentationUnavailable, what the store raises for a path that is not valid, StoreDamaged,
+        existing one, PresentationUnavailable, Invalid for a private copy above its maximum, LimitReached for one above
+        its limit, what the store raises for a path that is not valid, StoreDamaged,
         ViewDamaged, OutOfSpace, MountFailed, VolumeFailed, MountTableUnreadable, DataRootTaken, and NotUndone
         (transient) when something is left after all.
         """
         await self._ready()
         path = targets.resolve(request.target)
         attempt = _Attempt(request, path, self._private.path(request.volume_id, request.target))
-        keys = (volume_key(request.volume_id), f"target {path}", closure_key(attempt.closure_id))
-        async with self._locks.hold(*keys):
-            try:
-                if not await in_thread(self._attach_known, attempt):
-                    await self._prepare(attempt)
-                    await in_thread(self._attach, attempt)
-                    if attempt.copy and not self._unused.is_warm(attempt.closure_id):
-                        await finish(self._unused.try_to_retire(attempt.closure_id))  # a copy needs it no more
-            except BaseException as error:
-                await finish(self._undo(attempt, error))
-                raise
-            if attempt.choice is not None and not attempt.copy:
-                self._unused.forget(attempt.closure_id)  # it has a user
+        keys = (volume_key(request.volume_id), f"target {path}")
+        if request.presentation is Presentation.COPY:
+            async with self._locks.hold(*keys):
+                await self._publish_copy(attempt)
+        else:
+            async with self._locks.hold(*keys, closure_key(attempt.closure_id)):
+                await self._publish_shared(attempt)
         if attempt.choice is None:
             return None
         return Made(attempt.choice.presentation, attempt.choice.reason, attempt.cost)
+
+    def copying(self, volume_id: str, target: Path) -> str | None:
+        """How far the private copy of the volume at *target* has come; None while none is being made."""
+        return self._copies.words(self._private.path(volume_id, target))
 
     async def unpublish(self, volume_id: str, target: Path) -> None:
         """Unmount all at and inside *target*, remove it, and drop what nobody uses any more.  Nothing there is fine.
@@ -279,6 +294,33 @@ class Volumes:
         """
         return self._published.everywhere(self._mounts.table())
 
+    def inventory(self) -> Inventory:
+        """What there is, counted: from one reading of the mount table and of directories.  Blocks.
+
+        Raises MountTableUnreadable, OSError.
+        """
+        mounted = Counter((shown.presentation, shown.writable) for shown in self.publications().values())
+        return Inventory(
+            mounted,
+            {trees.presentation: sum(1 for _ in trees.ids()) for trees in (self._views, self._farms)},
+        )
+
+    def check(self) -> None:
+        """Raises NodeUnusable when nothing can be mounted here, whatever it is.  Blocks."""
+        try:
+            if self._claim.is_moot():
+                raise NodeUnusable(
+                    f"the data root {self._root} is another directory than it was when this process started; "
+                    "restart the node daemon"
+                )
+            if os.statvfs(self._root).f_flag & os.ST_RDONLY:
+                raise NodeUnusable(
+                    f"the file system of the data root {self._root} has become read-only: see the node's kernel log"
+                )
+            self._mounts.table()
+        except (OSError, MountTableUnreadable) as error:
+            raise NodeUnusable(str(error)) from error
+
     async def measure(self, volume_id: str, target: Path) -> Measured:
         """What the volume at *target* uses, and whether it is well; see :mod:`.usage`.
 
@@ -314,6 +356,10 @@ class Volumes:
         self._trash.empty()
         return gone
 
+    async def emptied(self) -> None:
+        """Return when what was thrown away is deleted, so that its space is free, or after a minute."""
+        await self._trash.emptied(_DELETION_SECONDS)
+
     async def throw_away(self, choose: Callable[[Callable[[str], None]], object]) -> None:
         """Run *choose* in a thread with a function that moves a path of this data root to the trash, then empty that.
 
@@ -334,6 +380,47 @@ class Volumes:
         self._met.clear()
 
     # Publish, step by step
+
+    async def _publish_shared(self, attempt: _Attempt) -> None:
+        """Publish what others of the closure share; its lock must be held."""
+        try:
+            if not await in_thread(self._attach_known, attempt):
+                await self._prepare(attempt)
+                await in_thread(self._attach, attempt)
+        except BaseException as error:
+            await finish(self._undo(attempt, error))
+            raise
+        if attempt.choice is not None:
+            self._unused.forget(attempt.closure_id)  # it has a user
+
+    async def _publish_copy(self, attempt: _Attempt) -> None:
+        """Publish a private copy.  That takes long, so others may do as they like with the closure meanwhile."""
+        try:
+            if await in_thread(self._attach_known, attempt):
+                return
+            await self._copy(attempt)
+            await in_thread(self._attach, attempt)
+            await finish(self._leave_closure(attempt))
+        except BaseException as error:
+            await finish(self._undo_copy(attempt, error))
+            raise
+
+    async def _leave_closure(self, attempt: _Attempt) -> None:
+        """It is copied, and the copy needs it no more."""
+        async with self._locks.hold(closure_key(attempt.closure_id)):
+            self._unpin(attempt)
+            if not self._unused.is_warm(attempt.closure_id):
+                await self._unused.try_to_retire(attempt.closure_id)
+
+    async def _undo_copy(self, attempt: _Attempt, error: BaseException) -> None:
+        async with self._locks.hold(closure_key(attempt.closure_id)):
+            self._unpin(attempt)
+            await self._undo(attempt, error)
+
+    def _unpin(self, attempt: _Attempt) -> None:
+        if attempt.pinned:
+            attempt.pinned = False
+            self._unused.unpin(attempt.closure_id)
 
     def _attach_known(self, attempt: _Attempt) -> bool:
         """True when the volume is there, or could be mounted from what is trusted; else that must be prepared."""
@@ -363,15 +450,16 @@ class Volumes:
         """From whatever there is to what can be mounted, with the GC root taken before anything is looked at."""
         assert attempt.choice is not None
         root = attempt.request.root
+        await self._hold(root)
+        trees = self._trees(attempt.choice)
+        assert trees is not None
+        if not (trees.exists(root.basename) and await in_thread(self._found_whole, trees, root.basename)):
+            await trees.build(await finish(self._closures.query(root)), self._closures.write_state)
+        self._met.add((trees.presentation, root.basename))
+
+    async def _hold(self, root: StorePath) -> None:
         with explained(f"take the GC root of {root.basename}"):
             await finish(self._closures.hold(root.basename, root))
-        trees = self._trees(attempt.choice)
-        if trees is None:
-            await self._copy(attempt)
-        elif not (trees.exists(root.basename) and await in_thread(self._found_whole, trees, root.basename)):
-            await trees.build(await finish(self._closures.query(root)), self._closures.write_state)
-        if trees is not None:
-            self._met.add((trees.presentation, root.basename))
 
     def _found_whole(self, trees: Trees, closure_id: str) -> bool:
         """True when the one of *trees* that exists is whole; one that is not and has no user is thrown away.
@@ -392,12 +480,21 @@ class Volumes:
         return False
 
     async def _copy(self, attempt: _Attempt) -> None:
-        closure = await finish(self._closures.query(attempt.request.root))
+        root = attempt.request.root
+        self._unused.pin(root.basename)
+        attempt.pinned = True
+        async with self._locks.hold(closure_key(root.basename)):
+            await self._hold(root)
+        closure = await finish(self._closures.query(root))
         await in_thread(self._private.discard, attempt.private)  # a crash left it
-        attempt.made_private = True
-        upper = await in_thread(self._private.make, attempt.private, attempt.limit)
-        attempt.copy = os.path.dirname(upper.upper)
-        attempt.cost = await self._copies.build(attempt.copy, closure, self._closures.write_state, attempt.limit)
+        async with self._copies.begin(attempt.private, closure) as under_way:
+            reflinks = (await in_thread(self._abilities.found)).reflink.ok
+            maximum = attempt.request.maximum
+            await self._copies.require_room(under_way, attempt.limit, maximum, reflinks=reflinks)
+            attempt.made_private = True
+            upper = await in_thread(self._private.make, attempt.private, attempt.limit)
+            attempt.copy = os.path.dirname(upper.upper)
+            attempt.cost = await self._copies.build(under_way, attempt.copy, self._closures.write_state, attempt.limit)
 
     def _attach(self, attempt: _Attempt) -> None:
         """From what exists to the mounted target."""

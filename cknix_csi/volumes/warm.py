@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,20 @@ class UnusedTrees:
         self._warm: dict[str, float] = {}
         """Until when each is kept, by the loop's clock; oldest first."""
         self._expiry: asyncio.Task[None] | None = None
+        self._pinned: Counter[str] = Counter()
+
+    def pin(self, closure_id: str) -> None:
+        """Until as many calls of :meth:`unpin`, its GC root stays though no tree is there: it is being copied."""
+        self._pinned[closure_id] += 1
+
+    def unpin(self, closure_id: str) -> None:
+        """End one :meth:`pin`; :meth:`retire` may release the root now."""
+        self._pinned[closure_id] -= 1
+        self._pinned += Counter()
+
+    def pinned(self) -> set[str]:
+        """What is being copied."""
+        return set(self._pinned)
 
     def remember(self, closure_ids: Iterable[str]) -> None:
         """These have lost a user: they are looked at by :meth:`retry` until somebody calls :meth:`forget`."""
@@ -117,7 +132,7 @@ class UnusedTrees:
 
     async def settle(self, closure_id: str, fate: Fate) -> None:
         """Release the GC root of a closure that is gone, or see to it that a kept one goes in time."""
-        if fate is Fate.GONE:
+        if fate is Fate.GONE and closure_id not in self._pinned:
             with explained(f"release the GC root of {closure_id}"):
                 await self._closures.release(closure_id)
         self.forget(closure_id)
@@ -127,14 +142,14 @@ class UnusedTrees:
                 self._expiry = asyncio.create_task(self._expire(), name="cknix warm closures")
 
     async def retire(self, closure_id: str) -> bool:
-        """Drop view and GC root of a closure that has no user; True when they are gone.  Its lock must be held.
+        """Drop view and GC root of a closure that has no user; True when both are gone.  Its lock must be held.
 
         Raises what :meth:`part` and the store raise; :meth:`retry` then tries again.
         """
         self._unretired.add(closure_id)
         fate = await asyncio.to_thread(self.part, closure_id, keep=False)
         await self.settle(closure_id, fate)
-        return fate is Fate.GONE
+        return fate is Fate.GONE and closure_id not in self._pinned
 
     async def try_to_retire(self, closure_id: str) -> bool:
         """:meth:`retire`; a failure is logged."""

@@ -18,6 +18,8 @@ from cknix_csi.controller.app import run_controller
 from cknix_csi.controller.ports import Dependencies, Options
 from cknix_csi.kube.client import connect
 from cknix_csi.kube.lease import Timing
+from cknix_csi.metrics.controller import ControllerCounts
+from cknix_csi.metrics.exposition import Exposition
 from cknix_csi.nix.cache.signing import KeyPair, generate_key
 from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.store import Store
@@ -36,6 +38,8 @@ async def main(directory: Path, options: dict[str, Any]) -> None:
         world.note("serving", key.public)
         await asyncio.Event().wait()
 
+    port = options.get("port")
+    exposition = Exposition("controller", directory)
     async with connect() as api:
         await run_controller(
             Dependencies(
@@ -45,6 +49,8 @@ async def main(directory: Path, options: dict[str, Any]) -> None:
                 roots=GcRoots(Store.chroot(directory / "root"), "expressions"),
                 serve_cache=serve_cache,
                 generate_key=generate_key,
+                metrics=ControllerCounts(exposition),
+                metrics_page=exposition.page,
                 options=Options(
                     namespace=DRIVER_NAMESPACE,
                     cache_url="http://cknix-cache.cknix-system.svc",
@@ -53,7 +59,7 @@ async def main(directory: Path, options: dict[str, Any]) -> None:
                     max_builds=options.get("max_builds", 4),
                     retry_first=options.get("retry_first", 0.2),
                     retry_cap=options.get("retry_cap", 1.0),
-                    health=None,
+                    health=None if port is None else ("127.0.0.1", port),
                     lease=Timing(**options.get("lease", {})),
                 ),
             ),

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -21,7 +22,14 @@ from tests.cluster.harness.components import KUBERNETES
 
 REPOSITORY = Path(__file__).parents[2]
 DRIVER_NAMESPACE = "cknix-system"
+VOLUMES_NAMESPACE = "cknix-volumes"
 START_SECONDS = 90.0
+_AUDIT_POLICY = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived"],
+    "rules": [{"level": "Metadata", "userGroups": [f"system:serviceaccounts:{DRIVER_NAMESPACE}"]}, {"level": "None"}],
+}
 
 
 class Server:
@@ -42,6 +50,7 @@ class Server:
             )
         )
         (directory / "tokens.csv").write_text(f'{self._admin_token},admin,admin,"system:masters"\n')
+        (directory / "audit-policy.json").write_text(json.dumps(_AUDIT_POLICY))
 
     def start(self) -> None:
         self._spawn(
@@ -75,6 +84,8 @@ class Server:
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-account-key-file={key}",
             f"--service-account-signing-key-file={key}",
+            f"--audit-policy-file={self._directory / 'audit-policy.json'}",
+            f"--audit-log-path={self._directory / 'audit.log'}",
         )
         deadline = time.monotonic() + START_SECONDS
         while not self._ready():
@@ -98,6 +109,11 @@ class Server:
 
     def log(self, name: str) -> str:
         return (self._directory / f"{name}.log").read_text(errors="replace")[-4000:]
+
+    def audited(self) -> list[dict[str, Any]]:
+        """Audit events of all that the driver's ServiceAccounts have asked for so far, the oldest first."""
+        log = self._directory / "audit.log"
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     def kubeconfig(self, name: str, token: str | None = None) -> Path:
         """A kubeconfig file for the bearer of *token*; the administrator's without one."""

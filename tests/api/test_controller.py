@@ -449,6 +449,15 @@ async def test_a_result_that_the_store_lost_is_built_again_while_it_stays_shown(
     await expr.reaches("a", "Succeeded")
 
 
+async def test_a_result_that_a_collection_takes_at_once_is_built_again_before_it_counts(
+    expr: Expressions, controller: Controller
+) -> None:
+    controller.start()
+    await expr.create("a", "result=a build=taken")
+    await expr.reaches("a", "Succeeded")
+    assert controller.world.noted("built", "a") == 2
+
+
 async def test_changes_made_while_the_controller_was_away_are_seen(expr: Expressions, controller: Controller) -> None:
     controller.start()
     await expr.create("changed", "result=old")

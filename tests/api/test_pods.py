@@ -13,7 +13,8 @@ import pytest
 import pytest_asyncio
 
 from cknix_csi.api.attributes import PodInfo
-from cknix_csi.api.errors import CknixError, Code, NotFound
+from cknix_csi.api.errors import CknixError, NotFound
+from cknix_csi.api.situations import Code
 from cknix_csi.kube.api import Json, WatchEvent, core
 from cknix_csi.kube.client import KubernetesApi
 from cknix_csi.kube.events import EventRecorder

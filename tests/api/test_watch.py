@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from cknix_csi.api.errors import CknixError, Code, NotFound
+from cknix_csi.api.errors import CknixError, NotFound
+from cknix_csi.api.situations import Code
 from cknix_csi.kube import cacheconfig
 from cknix_csi.kube.api import MERGE_PATCH, core, expressions
 from cknix_csi.kube.cacheconfig import CacheConfig

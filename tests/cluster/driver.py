@@ -62,12 +62,30 @@ def pod(
     return _pod(name, volume, command, node, host_users=host_users, privileged=privileged)
 
 
-def claim_pod(name: str, claim: str, command: str = "sleep infinity", *, node: str | None = None) -> str:
+def claim_pod(
+    name: str, claim: str, command: str = "sleep infinity", *, node: str | None = None, read_only: bool = True
+) -> str:
     """A pod with a PersistentVolumeClaim at /nix."""
     volume = f"""\
   - name: nix
-    persistentVolumeClaim: {{claimName: {claim}, readOnly: true}}"""
+    persistentVolumeClaim: {{claimName: {claim}, readOnly: {str(read_only).lower()}}}"""
     return _pod(name, volume, command, node)
+
+
+def claim(name: str, storage_class: str, mode: str = "ReadWriteMany", *, expression: str = "") -> str:
+    """A PersistentVolumeClaim, which may choose its Expression itself."""
+    chosen = f"\n  annotations: {{cknix.cool/expression: {expression}}}" if expression else ""
+    return f"""\
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata:
+  name: {name}{chosen}
+spec:
+  storageClassName: {storage_class}
+  accessModes: [{mode}]
+  resources: {{requests: {{storage: 1Gi}}}}
+"""
 
 
 def _pod(
@@ -166,8 +184,8 @@ def signatures(cluster: Cluster, node: Node, path: str) -> list[str]:
 
 
 def rolled_out(cluster: Cluster) -> None:
-    """Both workloads run what their templates say, and are ready."""
-    for workload in ("daemonset/cknix-node", "deployment/cknix-controller"):
+    """All workloads run what their templates say, and are ready."""
+    for workload in ("daemonset/cknix-node", "deployment/cknix-controller", "deployment/cknix-provisioner"):
         cluster.kubectl("rollout", "status", workload, "-n", SYSTEM, "--timeout=90s", timeout=100)
 
 
@@ -186,7 +204,7 @@ class Left:
 def left_on(node: Node) -> Left:
     """Mounts of ours, the directories of views, farms, volumes and trash, and GC roots of both roles, on *node* now."""
     mounts = tuple(line.split(" ")[4] for line in node.mountinfo().splitlines() if " cknix:" in line)
-    data = node.path("/var/lib/cknix")
+    data = node.inside("/var/lib/cknix")
     directories = [path for name in ("views", "farms", "volumes", "trash") for path in _below(data / name)]
     roots = [
         path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cknix_csi.privileges import CONTROLLER_KEEPS, NODE_KEEPS
 from tests.cluster import driver
 from tests.cluster.harness import Cluster
 
@@ -45,3 +46,25 @@ def test_a_flake_reference_reads_no_file_of_the_controller(
     applied(driver.expression("spy", f"path:{directory}", kind="flakeRef"))
     installed.wait("it fails", lambda: driver.phase(installed, "spy") == "Failed", timeout=60)
     assert f"'path:{directory}' is refused" in installed.kubectl("describe", "expr", "spy")
+
+
+def test_an_expression_of_another_namespace_cannot_be_had_by_its_name(
+    installed: Cluster, applied: driver.Apply
+) -> None:
+    theirs = driver.expression("theirs", driver.demo("hello"))
+    applied(theirs.replace("{name: theirs}", "{name: theirs, namespace: kube-public}"))
+    installed.kubectl("wait", "-n", "kube-public", "--for=condition=Ready", "expr/theirs", "--timeout=60s")
+    applied(driver.pod("curious", {"expression": "theirs"}))
+    refusal = 'Expression "default/theirs" does not exist'
+    installed.wait("it is refused", lambda: refusal in driver.events(installed, "curious"), timeout=60)
+
+
+def test_containers_have_given_up_what_they_do_not_need_and_cannot_change_their_image(installed: Cluster) -> None:
+    for pod, kept in (
+        (driver.controller_pod(installed), CONTROLLER_KEEPS),
+        (driver.daemon_pod(installed, installed.node(0)), NODE_KEEPS),
+    ):
+        script = "grep -E '^(CapBnd|NoNewPrivs)' /proc/1/status; touch /usr/bin/mine 2>&1; true"
+        told = installed.kubectl("exec", "-n", driver.SYSTEM, pod, "--", "sh", "-c", script)
+        assert f"CapBnd:\t{sum(1 << each for each in kept):016x}\nNoNewPrivs:\t1\n" in told
+        assert "Read-only file system" in told

@@ -77,6 +77,7 @@ def test_a_pod_that_was_there_first_starts_within_3_s_of_the_builds_end(
     driver.running(cluster, "early", timeout=30)
     took = time.monotonic() - ended
     assert took < 3, f"the pod ran {took:.1f} s after the build"
+    assert "WaitingForExpression: " in driver.events(cluster, "early"), "it was not told meanwhile what it waits for"
 
 
 def test_deleting_an_expression_in_the_middle_of_its_build_leaves_nothing(installed: Cluster) -> None:

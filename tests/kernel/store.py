@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cknix_csi.api.closure import Closure, PathInfo
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 
 BASE32 = "0123456789abcdfghijklmnpqrsvwxyz"
@@ -58,7 +59,7 @@ class FakeStore:
             try:
                 lines = (self._root / "references" / path.basename).read_text().splitlines()
             except FileNotFoundError:
-                raise CknixError(f"{path} is not valid", code=Code.NOT_FOUND) from None
+                raise CknixError(f"{path} is not valid", Situation.PATH_NOT_VALID) from None
             references = tuple(sorted(StorePath.parse(line) for line in lines))
             found[path] = PathInfo(path, "sha256:" + "0" * 64, 1, references)
             pending.extend(references)

@@ -22,6 +22,8 @@ from cknix_csi.api.errors import OutOfSpace
 from cknix_csi.api.limits import Limit
 from cknix_csi.api.presentation import Presentation
 from cknix_csi.api.storepath import StorePath
+from cknix_csi.volumes.copies import Copies
+from cknix_csi.volumes.failures import LimitReached
 from tests.kernel.kinds import KINDS
 from tests.kernel.node import Node, mounts_below, require_shows, run
 from tests.kernel.points import Outcome, points_of, struck_at
@@ -270,8 +272,13 @@ async def shows(node: Node, root: StorePath, arguments: dict[str, Any]) -> None:
     assert await node.left() == [f"mount {node.scratch}"]
 
 
-async def test_a_copy_for_which_the_nodes_disk_has_no_room_is_refused_and_not_shown_with_holes(disk: Disk) -> None:
+@pytest.mark.parametrize("taken", ["before", "meanwhile"])
+async def test_a_copy_for_which_the_nodes_disk_has_no_room_is_refused_and_not_shown_with_holes(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, taken: str
+) -> None:
     """Its own file system has room, but is a sparse file on the node's disk."""
+    if taken == "meanwhile":
+        monkeypatch.setattr(Copies, "_free", lambda _: 1 << 40)  # there was room when that was looked at
     node = Node(disk.at)
     root, path = node.store.add("big-1.0")
     path.mkdir()
@@ -282,11 +289,13 @@ async def test_a_copy_for_which_the_nodes_disk_has_no_room_is_refused_and_not_sh
     with open(disk.at / "filler", "wb") as file:
         os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - (6 << 20))
     arguments: dict[str, Any] = {"writable": True, "presentation": Presentation.COPY, "limit": Limit(24 << 20)}
-    with pytest.raises(OutOfSpace, match="node's disk"):
+    with pytest.raises(OutOfSpace, match="node's disk") as refused:
         await node.publish(root, **arguments)
+    assert not isinstance(refused.value, LimitReached)
     disk.heal()
     assert await node.left() == [f"mount {disk.at}"]
     await node.restart()
+    monkeypatch.undo()
     await node.publish(root, **arguments)
     disk.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from cknix_csi.api.errors import Code, Conflict
+from cknix_csi.api.errors import Conflict
 from cknix_csi.api.presentation import Presentation
+from cknix_csi.api.situations import Code
 from cknix_csi.volumes.choose import PresentationUnavailable
 from cknix_csi.volumes.volumes import Made, Publication
 from cknix_csi.volumes.warm import Warm

@@ -32,6 +32,7 @@ VIEW = {"listing", "directory_content", "stub_content", "read_only"}
 WRITABLE = {"write_apart", "chmod_apart"}
 PLAIN = {"overlay_read_only", "overlay_writable"}
 NEVER = {"idmapped_overlay"}
+IDMAP = {"idmap", "idmap_sized"}
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -316,9 +317,9 @@ def kernel_without(function: str) -> Callable[..., int]:
     ("function", "broken"),
     [
         ("open_tree_at", {"detached_copy"}),
-        ("idmap_mount", {"idmap"}),
-        ("fsopen", {*VIEW, *WRITABLE, *PLAIN, "store_layer", "layer_options"}),
-        ("open_tree", {*VIEW, *WRITABLE, "detached_copy", "idmap"}),
+        ("idmap_mount", IDMAP),
+        ("fsopen", {*VIEW, *WRITABLE, *PLAIN, "store_layer", "layer_options", "idmap_sized"}),
+        ("open_tree", {*VIEW, *WRITABLE, *IDMAP, "detached_copy"}),
     ],
 )
 def test_a_system_call_that_is_missing_is_found(
@@ -351,7 +352,7 @@ def test_missing_loop_devices_are_found(scratch: Path, store: Path, monkeypatch:
 
     monkeypatch.setattr(loop, "attached", nothing)
     result = probe(scratch / "probe", store, KernelMounts())
-    assert failing(result) == {"loop"}
+    assert failing(result) == {"loop", "idmap_sized"}
     assert result.loop.detail == "No such device (/dev/loop-control)"
 
 
@@ -371,7 +372,7 @@ def test_a_node_without_user_namespaces_is_found(
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(probe_module, "_NAMESPACE_DEADLINE", 0.5)
     result = probe(scratch / "probe", store, KernelMounts())
-    assert failing(result) == {"idmap"}
+    assert failing(result) == IDMAP
     assert words in result.idmap.detail
 
 

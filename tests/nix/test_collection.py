@@ -6,10 +6,11 @@ import asyncio
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from cknix_csi.nix.database import DatabaseUnreadable, query_closure
 from cknix_csi.nix.fetcher import StoreFetcher
 from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.substituters import CacheEndpoint
+from cknix_csi.nix.wants import Wants
 from tests.nix.cache_process import cache_process
 from tests.nix.disks import MEBIBYTE, fill, on_small_disk
 from tests.nix.room import Room, processes_of
@@ -251,6 +253,34 @@ async def test_derivations_and_their_sources_go_with_what_they_built(room: Room)
     collector = Collector(room.store, room.env.directory / "home", Pace(paths=1, pause=0))
     await collector.collect(EVERYTHING, [mine])
     assert [path for path in sorted(alone) if room.is_valid(path)] == []
+
+
+@pytest.mark.one_nix
+def test_what_somebody_waits_for_stays_and_the_parts_of_what_is_still_to_come_go_last(room: Room) -> None:
+    async def body() -> None:
+        shelf = Shelf.fill(room)
+        everything = shelf.there()
+        began = time.time() + 100
+        with closing(sqlite3.connect(room.store.database)) as database, database:
+            for name in ("nobodys", "onlyA"):  # as if they had been fetched just now
+                path = str(shelf.paths[name])
+                database.execute("UPDATE ValidPaths SET registrationTime = ? WHERE path = ?", (began, path))
+        wants = Wants(frozenset((shelf.paths["B"], StorePath("0" * 32, "still-to-come"))), began)
+
+        collected = await shelf.collector.collect(await free(shelf) + 1, [], lambda: wants)
+        assert shelf.there() == everything - {"A"}, "which nobody wants, and which has not come just now"
+        assert collected.spared == (shelf.paths["B"],)
+
+        collected = await shelf.collector.collect(EVERYTHING, shelf.order, lambda: wants)
+        assert shelf.there() == {"B", "onlyB", "common", "C", "onlyC"}
+        assert collected.spared == (shelf.paths["B"],)
+
+        collected = await shelf.collector.collect(EVERYTHING, shelf.order, Wants)
+        assert shelf.there() == {"C", "onlyC"}
+        assert collected.spared == ()
+        shelf.require_sound()
+
+    on_small_disk(room.env.root, "tmpfs", 64, body)
 
 
 # -- who lives while it runs
@@ -542,3 +572,23 @@ def test_a_plan_deletes_all_that_is_dead_each_referrer_first_each_path_with_its_
         assert {last_user.get(path) for path in portion.paths} == {portion.closure and str(portion.closure)}
     places = [-1 if portion.closure is None else roots.index(str(portion.closure)) for portion in portions]
     assert places == sorted(places)
+
+
+@given(stores(), st.data())
+def test_what_is_to_go_late_goes_after_all_else_with_what_it_refers_to(
+    case: tuple[Graph, list[str], set[str]], data: st.DataObject
+) -> None:
+    graph, roots, dead = case
+    late = data.draw(st.sets(st.sampled_from(sorted(dead)))) if dead else set()
+    portions = plan(dead, graph, [StorePath.parse(root) for root in roots], late)
+    flat = [path for portion in portions for path in portion.paths]
+    assert sorted(flat) == sorted(dead)
+    last = reachable(graph.references, list(late)) & dead
+    assert set(flat[len(flat) - len(last) :]) == last
+    position = {path: place for place, path in enumerate(flat)}
+    for referrer in dead:
+        assert all(
+            position[referrer] < position[reference]
+            for reference in graph.references.get(referrer, ())
+            if reference in dead
+        )

@@ -100,6 +100,9 @@ class Node:
             await self.closures.release(name)
         return unused
 
+    async def emptied(self) -> None:
+        """Nothing is thrown away here."""
+
     async def make_room(self) -> None:
         """What a daemon does when it looks at its disk and finds it too full, whatever is there."""
         store = Collector(self.store, self.env.directory / "home", Pace(pause=0.0))

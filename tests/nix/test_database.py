@@ -19,7 +19,8 @@ import pytest
 import pytest_asyncio
 
 from cknix_csi.api.closure import Closure, PathInfo
-from cknix_csi.api.errors import Code, OutOfSpace
+from cknix_csi.api.errors import OutOfSpace
+from cknix_csi.api.situations import Code
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix import database
 from cknix_csi.nix.closures import StoreClosures

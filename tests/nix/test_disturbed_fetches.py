@@ -16,7 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import pytest_asyncio
 
-from cknix_csi.api.errors import Code, NotFound
+from cknix_csi.api.errors import NotFound
+from cknix_csi.api.situations import Code
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix import fetcher as fetcher_module
 from cknix_csi.nix.cache.signing import generate_key

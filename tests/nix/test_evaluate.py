@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from cknix_csi.api.errors import CknixError, Code, DeadlineExceeded, EvaluationFailed
+from cknix_csi.api.errors import CknixError, DeadlineExceeded, EvaluationFailed
 from cknix_csi.api.expression import Data
+from cknix_csi.api.situations import Code
 from cknix_csi.api.storepath import InvalidStorePath, StorePath
 from cknix_csi.nix import process
 from cknix_csi.nix.nix import Evaluation

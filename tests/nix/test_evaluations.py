@@ -9,6 +9,8 @@ import pytest
 
 from cknix_csi.api.errors import CknixError, OutOfSpace
 from cknix_csi.api.expression import Data
+from cknix_csi.api.storepath import StorePath
+from cknix_csi.nix import evaluations
 from cknix_csi.nix.evaluations import HeldEvaluations
 from cknix_csi.nix.nix import Evaluation, Nix
 from tests.nix.room import SYSTEM, Room
@@ -76,6 +78,30 @@ async def test_what_is_collected_before_it_can_be_held_is_evaluated_again(room: 
     evaluation = await held.evaluate(greeting(), SYSTEM)
     await held.build(evaluation, progress=lambda _: None)
     assert room.is_valid(evaluation.result)
+
+
+async def test_what_a_collection_that_ran_already_takes_is_waited_for_and_evaluated_again(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new: list[list[str]] = []
+
+    async def overtaken(_store: object, *paths: StorePath) -> None:
+        """It has not seen the new roots."""
+        new.append([path.basename for path in paths])
+        if len(new) == 1:
+            for name in roots(room):
+                (room.store.gcroots / "evaluations" / name).unlink()
+            await asyncio.to_thread(room.env.run, "nix-store", "--gc")
+
+    monkeypatch.setattr(evaluations, "outlast_collector", overtaken)
+    held, data = HeldEvaluations(room.nix()), greeting()
+    evaluation = await held.evaluate(data, SYSTEM)
+    again = await held.evaluate(data, SYSTEM)
+    assert new == [roots(room), roots(room), []], "what is held already is in no danger"
+    await held.build(evaluation, progress=lambda _: None)
+    await held.build(again, progress=lambda _: None)
+    assert room.is_valid(evaluation.result)
+    assert roots(room) == []
 
 
 async def test_what_is_collected_each_time_is_said_and_leaves_no_root(room: Room) -> None:

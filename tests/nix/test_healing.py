@@ -156,6 +156,7 @@ async def test_what_is_gone_from_disk_is_fetched_again_and_nothing_else_is_touch
     assert kept.items() <= node.inodes(node.source.result).items()
 
 
+@pytest.mark.one_nix
 async def test_another_closure_with_a_missing_path_in_it_is_whole_after_its_fetch(node: Node) -> None:
     """The path itself is new; what it refers to is registered, and Nix looks no further."""
     node.lose(node.source.library)
@@ -163,6 +164,7 @@ async def test_another_closure_with_a_missing_path_in_it_is_whole_after_its_fetc
     await node.require_whole(node.source.shapes)
 
 
+@pytest.mark.one_nix
 async def test_a_closure_that_a_volume_has_is_not_looked_for_on_disk(node: Node) -> None:
     """For every pod that is started it would cost a look at each of its paths."""
     await node.show(node.source.result)
@@ -181,6 +183,7 @@ async def test_what_a_volume_shows_and_has_lost_is_fetched_when_it_is_asked_for(
     assert kept.items() <= node.inodes(node.source.result).items()
 
 
+@pytest.mark.one_nix
 async def test_a_disk_that_cannot_be_looked_at_has_lost_nothing(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(path: object) -> NoReturn:
         raise OSError(errno.EIO, "Input/output error", str(path))
@@ -195,6 +198,7 @@ async def test_a_disk_that_cannot_be_looked_at_has_lost_nothing(node: Node, monk
     assert node.inodes(node.source.result) == inodes
 
 
+@pytest.mark.one_nix
 async def test_two_that_miss_the_same_path_bring_it_back_once(node: Node) -> None:
     await node.fetch(node.source.shapes)
     node.lose(node.source.library)
@@ -319,6 +323,7 @@ async def test_without_this_nix_would_rewrite_what_a_volume_shows(node: Node) ->
     assert node.inodes(node.source.result) != inodes
 
 
+@pytest.mark.one_nix
 async def test_the_lost_database_is_kept_aside_for_who_wants_to_look(
     node: Node, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -346,6 +351,7 @@ async def test_rows_that_are_lost_come_back_before_anything_is_fetched(node: Nod
     assert node.inodes(node.source.shapes) == inodes
 
 
+@pytest.mark.one_nix
 async def test_where_a_views_database_cannot_be_read_nothing_is_touched(node: Node) -> None:
     view = await node.show(node.source.result)
     inodes = node.inodes(node.source.result)
@@ -360,6 +366,25 @@ async def test_where_a_views_database_cannot_be_read_nothing_is_touched(node: No
     await node.require_whole(node.source.shapes)
 
 
+async def test_what_a_farm_shows_is_known_again_after_the_database_is_lost(node: Node) -> None:
+    result = node.source.result
+    view = await node.show(result)
+    (node.env.root / "farms").mkdir()
+    view.rename(node.env.root / "farms" / view.name)
+    farm = node.env.root / "farms" / view.name
+    (farm / "meta").rename(farm / "tree")
+    inodes = node.inodes(result)
+    damage_database(node, "zeros")
+    await node.fetch(node.source.shapes)
+    assert node.inodes(result) == inodes
+    await node.require_whole(result)
+    (farm / "tree/nix/var/nix/db/db.sqlite").write_bytes(bytes(4096))
+    damage_database(node, "zeros")
+    await node.fetch(node.source.shapes)  # its files have names of their own, whatever becomes of the store
+    await node.require_whole(node.source.shapes)
+
+
+@pytest.mark.one_nix
 async def test_what_is_no_view_yet_is_no_reason_to_wait(node: Node) -> None:
     building = node.env.root / "views/.building-1/meta/nix/var/nix/db"
     building.mkdir(parents=True)
@@ -370,6 +395,7 @@ async def test_what_is_no_view_yet_is_no_reason_to_wait(node: Node) -> None:
     await node.require_whole(node.source.shapes)
 
 
+@pytest.mark.one_nix
 async def test_a_healthy_store_is_left_as_it_is(node: Node, caplog: pytest.LogCaptureFixture) -> None:
     await node.show(node.source.result)
     await node.fetch(node.source.shapes)
@@ -440,6 +466,7 @@ def test_a_path_too_big_for_the_disk_gives_its_space_back(node: Node, tmp_path: 
     assert (last["said"], last["big"]) == ("fetched", True)
 
 
+@pytest.mark.one_nix
 async def test_what_a_killed_daemon_was_fetching_is_deleted_when_the_next_starts(node: Node) -> None:
     part = node.store.physical_path(node.source.shapes)
     part.mkdir()

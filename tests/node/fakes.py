@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cknix_csi.api.attributes import PodInfo
-from cknix_csi.api.errors import CknixError, Code, NotFound
+from cknix_csi.api.errors import CknixError, NotFound
 from cknix_csi.api.expression import PENDING, Observed
 from cknix_csi.api.presentation import Presentation
 from cknix_csi.api.progress import Progress
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.volumes.choose import PresentationUnavailable, Wish
 from cknix_csi.volumes.copies import CopyCost
@@ -35,6 +36,8 @@ class FakeVolumes:
         self.open.set()
         self.entered = asyncio.Event()
         self.failures: list[BaseException] = []
+        self.copied: str | None = None
+        """What :meth:`copying` says of any volume."""
         self.reconciling = asyncio.Event()
         self.reconciling.set()
         self.measured = Measured(Amount(total=300, used=200, available=100), None)
@@ -50,7 +53,7 @@ class FakeVolumes:
 
     async def require(self, wanted: Wish) -> None:
         if wanted.writable and not wanted.host_users and wanted.asked is not Presentation.COPY:
-            raise PresentationUnavailable("not this way", code=Code.INVALID_ARGUMENT)
+            raise PresentationUnavailable("not this way", Situation.PRESENTATION_IMPOSSIBLE)
 
     async def publish(self, request: PublishRequest) -> Made | None:
         self.calls.append(f"publish {request.volume_id}")
@@ -69,6 +72,9 @@ class FakeVolumes:
         self.mounted[request.target] = Publication(request.root.basename, request.writable, limit, made)
         cost = CopyCost(FarmReport(copied=12, bytes_copied=3456), 0.25)
         return Made(made, "a reason", cost if made is Presentation.COPY else None)
+
+    def copying(self, volume_id: str, target: Path) -> str | None:
+        return self.copied
 
     async def unpublish(self, volume_id: str, target: Path) -> None:
         self.calls.append(f"unpublish {volume_id}")

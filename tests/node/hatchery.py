@@ -28,6 +28,7 @@ _MODULES = (
     "cknix_csi.kube.client",
     "cknix_csi.kube.controllerplace",
     "cknix_csi.kube.expressions",
+    "cknix_csi.monitoring",
     "cknix_csi.nix.fetcher",
     "cknix_csi.serve",
     "cknix_csi.volumes.ledger",

@@ -11,12 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-NODE_ONLY = (
-    "Controller Server|should remove target path|volume does not exist on the specified path"
-    "|already mounted at a different target path"
-)
-"""Specs that call CreateVolume whatever the driver advertises; to be skipped while there is no Controller service."""
-
 _SECONDS = 300.0
 
 
@@ -28,25 +22,28 @@ class SanityReport:
     failed: Mapping[str, str]
     """With the suite's own words."""
     skipped: Mapping[str, str]
-    """With the suite's reason; empty for what our own ``skip`` left out."""
+    """With the suite's reason."""
 
 
 async def run_sanity(
     binary: Path,
     endpoint: Path,
+    controller: Path,
     scratch: Path,
     *,
-    parameters: Mapping[str, str] | None = None,
-    skip: str = "",
+    parameters: Mapping[str, str],
 ) -> SanityReport:
-    """Run csi-sanity (5.6.0 or newer) against the driver at *endpoint*; *scratch* is an empty directory of the caller.
+    """Run csi-sanity (5.6.0 or newer), all of it; *scratch* is an empty directory of the caller.
 
-    *parameters* are those of a StorageClass, for CreateVolume; *skip* is a regular expression over names of specs.
+    *endpoint* is the socket of the node's services, *controller* that of the Controller service; *parameters* are those
+    of a StorageClass, for CreateVolume.
     """
     report = scratch / "junit.xml"
     command = [
         str(binary),
         f"--csi.endpoint=unix://{endpoint}",
+        f"--csi.controllerendpoint=unix://{controller}",
+        f"--csi.testvolumeparameters={scratch / 'parameters.yaml'}",
         # Both are made and removed by the suite for every spec: one directory that is left turns the rest red.
         f"--csi.mountdir={scratch / 'mount'}",
         f"--csi.stagingdir={scratch / 'staging'}",
@@ -54,11 +51,7 @@ async def run_sanity(
         "--ginkgo.no-color",
         f"--ginkgo.junit-report={report}",
     ]
-    if parameters:
-        (scratch / "parameters.yaml").write_text(json.dumps(dict(parameters)))  # JSON is YAML
-        command.append(f"--csi.testvolumeparameters={scratch / 'parameters.yaml'}")
-    if skip:
-        command.append(f"--ginkgo.skip={skip}")
+    (scratch / "parameters.yaml").write_text(json.dumps(dict(parameters)))  # JSON is YAML
     with (scratch / "output").open("wb") as output:
         process = await asyncio.create_subprocess_exec(
             *command, stdout=output, stderr=asyncio.subprocess.STDOUT, start_new_session=True

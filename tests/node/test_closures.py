@@ -2,10 +2,13 @@
 
 import asyncio
 import errno
+from collections.abc import Callable
 
 import pytest
 
-from cknix_csi.api.errors import CacheUnavailable, CknixError, Code, InProgress, OutOfSpace
+from cknix_csi.api.errors import CacheUnavailable, CknixError, InProgress, OutOfSpace
+from cknix_csi.api.progress import Progress
+from cknix_csi.api.situations import Code
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.csi.closures import AT_ONCE, ClosureService
 from tests.node.fakes import HELLO, OTHER, FakeFetcher
@@ -56,6 +59,29 @@ async def test_more_than_a_few_fetches_take_turns_in_their_order() -> None:
     fetcher.open.set()
     await asyncio.gather(*waiters)
     assert fetcher.fetched == paths
+
+
+async def test_as_many_long_fetches_as_there_are_turns_hold_up_no_short_one_for_long() -> None:
+    class Slow(FakeFetcher):
+        """Fetches of what is called huge end when the gate opens, all others at once."""
+
+        async def fetch(self, path: StorePath, progress: Callable[[Progress], None]) -> None:
+            self.fetched.append(path)
+            if "huge" in path.basename:
+                await self.open.wait()
+
+    fetcher = Slow()
+    fetcher.open.clear()
+    closures = ClosureService(fetcher, patience=0.05)
+    huge = [StorePath.parse(f"/nix/store/{'1' * 32}-huge{number}") for number in range(AT_ONCE)]
+    small = [StorePath.parse(f"/nix/store/{'1' * 32}-small{number}") for number in range(3 * AT_ONCE)]
+    held_up = [asyncio.create_task(closures.ensure(path, budget=10)) for path in huge]
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(closures.ensure(path, budget=10) for path in small))
+    assert fetcher.fetched == [*huge, *small]
+    assert not any(task.done() for task in held_up)
+    fetcher.open.set()
+    await asyncio.gather(*held_up)
 
 
 async def test_what_is_there_needs_no_turn() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]
 import pytest
 
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
 from cknix_csi.proto.csi_pb2 import (
     GetPluginInfoRequest,
     GetPluginInfoResponse,
@@ -49,13 +50,13 @@ async def test_an_unknown_method_is_unimplemented(node: NodeUnderTest) -> None:
     assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-@pytest.mark.parametrize("code", list(Code))
-async def test_an_error_has_its_code_its_words_and_no_details(node: NodeUnderTest, code: Code) -> None:
-    node.volumes.failure = CknixError("what happened\nand … why", code=code)
+@pytest.mark.parametrize("failing", {each.code: each for each in Situation}.values(), ids=lambda each: each.code.value)
+async def test_an_error_has_its_code_its_words_and_no_details(node: NodeUnderTest, failing: Situation) -> None:
+    node.volumes.failure = CknixError("what happened\nand … why", failing)
     async with node.running():
         with pytest.raises(grpc.RpcError) as raised:
             await publish(node, node.publish_request())
-    assert raised.value.code().name == code.value
+    assert raised.value.code().name == failing.code.value
     assert raised.value.details() == "what happened\nand … why"
     assert not any(key.endswith("-bin") for key, _ in raised.value.trailing_metadata())
 

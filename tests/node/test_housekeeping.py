@@ -17,6 +17,7 @@ from cknix_csi.csi.housekeeping import Housekeeping
 from cknix_csi.nix.collection import Collected, CollectionFailed, Collector, Pace, Space
 from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.store import Store
+from cknix_csi.nix.wants import PATIENCE_SECONDS, WantedClosures, Wants
 from cknix_csi.volumes.ledger import ClosureUse, Ledger, Published
 from tests import nixes
 from tests.nix.disks import MEBIBYTE, fill, on_small_disk
@@ -36,6 +37,10 @@ class FakeStore:
         self.warm = warm
         self.looks = 0
         self.collections: list[tuple[int, list[StorePath]]] = []
+        self.wants: list[Wants] = []
+        self.trash = 0
+        """Bytes that are free once it is emptied."""
+        self.spared: tuple[StorePath, ...] = ()
         self.forgotten = 0
         self.held = 0
         self.unholdable: Exception | None = None
@@ -52,15 +57,16 @@ class FakeStore:
         self.looks += 1
         return Space(self.free, TOTAL)
 
-    async def collect(self, want: int, order: Sequence[StorePath]) -> Collected:
+    async def collect(self, want: int, order: Sequence[StorePath], wants: Callable[[], Wants]) -> Collected:
         self.collections.append((want, list(order)))
+        self.wants.append(wants())
         if self.error is not None:
             raise self.error
         self.meanwhile()
         freed = min(self.garbage, max(want - self.free, 0))
         self.garbage -= freed
         self.free += freed
-        return Collected(freed, freed, (OLD,) if freed else ())
+        return Collected(freed, freed, (OLD,) if freed else (), self.spared)
 
     def closures_by_last_use(self) -> list[ClosureUse]:
         return self.unused
@@ -75,6 +81,10 @@ class FakeStore:
         self.garbage, self.warm, warm = self.garbage + self.warm, 0, self.warm
         return [NEW.basename] if warm else []
 
+    async def emptied(self) -> None:
+        await asyncio.sleep(0)
+        self.free, self.trash = self.free + self.trash, 0
+
     async def looked(self, times: int = 2) -> None:
         """Wait until it has looked at the disk so often again."""
         wanted = self.looks + times
@@ -85,13 +95,20 @@ class FakeStore:
 
 @asynccontextmanager
 async def keeping(
-    store: FakeStore, low: str = "10%", high: str = "20%", *, check: float = 0.005, longest: float = 60.0
+    store: FakeStore,
+    low: str = "10%",
+    high: str = "20%",
+    *,
+    check: float = 0.005,
+    longest: float = 60.0,
+    released: Callable[[], int] = lambda: 0,
 ) -> AsyncIterator[Housekeeping]:
     housekeeping = Housekeeping(
         store=store,
         uses=store,
         volumes=store,
         watermarks=Watermarks(Watermark.parse(low), Watermark.parse(high)),
+        released=released,
         check_seconds=check,
         longest_pause=longest,
     )
@@ -246,6 +263,122 @@ async def test_a_failure_is_said_once_and_tried_again(error: Exception, caplog: 
     assert store.free == 200
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith(f"collecting garbage failed: {error}; trying again")
+
+
+async def test_a_shortage_above_the_marks_that_stays_is_said_once_however_often_it_is_met(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = FakeStore(free=300)
+    store.spared = (OLD,)
+    async with keeping(store) as housekeeping:
+        for _ in range(3):
+            housekeeping.out_of_space(OLD, needed=600)
+            await store.looked(5)
+    assert len(store.collections) == 3
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+
+
+async def test_what_is_being_deleted_is_waited_for_before_anything_is_called_full(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = FakeStore(free=10)
+    store.trash = 700
+    async with keeping(store) as housekeeping:
+        housekeeping.out_of_space(OLD, needed=600)
+        await store.looked(5)
+    assert store.collections == [], "there is room by now"
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
+async def test_room_that_comes_while_it_collects_is_no_lack_of_garbage(caplog: pytest.LogCaptureFixture) -> None:
+    store = FakeStore(free=50)
+
+    def others_make_room() -> None:
+        store.free = 500
+
+    store.meanwhile = others_make_room
+    async with keeping(store):
+        await store.looked(5)
+    assert len(store.collections) == 1
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
+async def test_so_much_is_made_free_as_what_has_failed_needs() -> None:
+    store = FakeStore(free=300, garbage=600)
+    async with keeping(store, check=0.05) as housekeeping:
+        await store.looked(1)
+        housekeeping.out_of_space(OLD, needed=700)
+        housekeeping.out_of_space(NEW, needed=500)
+        await store.looked(2)
+    assert [want for want, _ in store.collections] == [700]
+    assert store.free == 700
+
+
+async def test_for_what_no_disk_of_this_size_can_hold_nothing_goes() -> None:
+    store = FakeStore(free=300, garbage=600)
+    async with keeping(store) as housekeeping:
+        housekeeping.out_of_space(OLD, needed=TOTAL + 1)
+        await store.looked(3)
+    assert store.collections == []
+
+
+async def test_what_is_waited_for_is_asked_to_be_left_until_it_is_had() -> None:
+    store = FakeStore(free=50, garbage=900)
+    async with keeping(store) as housekeeping:
+        housekeeping.out_of_space(OLD)
+        housekeeping.out_of_space(NEW, began=17.5)
+        await store.looked(2)
+        housekeeping.had(NEW)
+        store.free = 50
+        await store.looked(5)
+    assert store.wants[0] == Wants(frozenset((OLD, NEW)), since=17.5)
+    assert store.wants[-1] == Wants(frozenset((OLD,)), since=None)
+
+
+async def test_where_only_what_is_waited_for_could_go_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    store = FakeStore(free=50)
+    store.spared = (OLD,)
+    async with keeping(store) as housekeeping:
+        housekeeping.out_of_space(OLD)
+        await store.looked(20)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert f"no garbage to collect but what volumes wait for that there is no room for ({OLD.basename})" in warning
+
+
+def test_a_want_ends_some_minutes_after_its_last_failure() -> None:
+    now = 100.0
+    wanted = WantedClosures(lambda: now)
+    wanted.missed(OLD, 5.0)
+    wanted.missed(NEW, None)
+    now += PATIENCE_SECONDS - 1
+    wanted.missed(OLD, 9.0)
+    assert wanted.now() == Wants(frozenset((OLD, NEW)), since=5.0), "its parts have come since the first try"
+    now += 2
+    assert wanted.now() == Wants(frozenset((OLD,)), since=5.0)
+    now += PATIENCE_SECONDS
+    assert wanted.now() == Wants()
+
+
+async def test_a_release_ends_the_pause_and_collections_keep_their_distance_all_the_same() -> None:
+    store, released = FakeStore(free=50), 0
+    async with keeping(store, check=0.05, longest=1000.0, released=lambda: released):
+        async with asyncio.timeout(LIMIT):
+            while len(store.collections) < 2:
+                await asyncio.sleep(0.001)
+        before = len(store.collections)
+        await store.looked(3)
+        assert len(store.collections) == before, "it pauses"
+        released += 1
+        store.garbage = 900
+        await store.looked(2)
+        assert store.free == 200
+        store.free, store.garbage = 50, 0
+        made = len(store.collections)
+        started = asyncio.get_running_loop().time()
+        while len(store.collections) < made + 3:
+            released += 1
+            await asyncio.sleep(0.001)
+        assert asyncio.get_running_loop().time() - started >= 2 * 0.05
 
 
 # -- the marks

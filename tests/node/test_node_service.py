@@ -12,9 +12,10 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from cknix_csi import __version__, logs
-from cknix_csi.api.errors import CacheUnavailable, CknixError, Code
+from cknix_csi.api.errors import CacheUnavailable, CknixError
 from cknix_csi.api.expression import RUNNING, SUCCEEDED
 from cknix_csi.api.limits import Limit, Medium, SizePolicy
+from cknix_csi.api.situations import Situation
 from cknix_csi.nix.database import PathNotValid
 from cknix_csi.nix.store import Store
 from cknix_csi.proto.csi_grpc import ControllerStub
@@ -33,6 +34,7 @@ from cknix_csi.proto.csi_pb2 import (
     NodeUnpublishVolumeRequest,
     NodeUnpublishVolumeResponse,
     NodeUnstageVolumeRequest,
+    PluginCapability,
     ProbeRequest,
     VolumeCapability,
     VolumeUsage,
@@ -44,11 +46,15 @@ from tests.node.conftest import LIMIT, NodeUnderTest
 from tests.node.fakes import HELLO, OTHER, SYSTEM, expression
 
 
-async def test_identity_names_the_driver_and_its_version_and_claims_no_controller(node: NodeUnderTest) -> None:
+async def test_identity_names_the_driver_its_version_and_what_its_other_processes_do(node: NodeUnderTest) -> None:
     async with node.running(), node.identity() as identity:
         info = await identity.GetPluginInfo(GetPluginInfoRequest())
         assert (info.name, info.vendor_version) == ("csi.cknix.cool", __version__)
-        assert not (await identity.GetPluginCapabilities(GetPluginCapabilitiesRequest())).capabilities
+        reply = await identity.GetPluginCapabilities(GetPluginCapabilitiesRequest())
+        assert {capability.service.type for capability in reply.capabilities} == {
+            PluginCapability.Service.CONTROLLER_SERVICE,
+            PluginCapability.Service.VOLUME_ACCESSIBILITY_CONSTRAINTS,
+        }
         assert (await identity.Probe(ProbeRequest())).ready.value is True
 
 
@@ -56,7 +62,7 @@ async def test_the_node_tells_its_name_and_capabilities(node: NodeUnderTest) -> 
     async with node.running(), node.client() as client:
         info = await client.NodeGetInfo(NodeGetInfoRequest())
         assert (info.node_id, info.max_volumes_per_node) == ("node-1", 0)
-        assert not info.HasField("accessible_topology")
+        assert dict(info.accessible_topology.segments) == {"cknix.cool/system": SYSTEM}
         reply = await client.NodeGetCapabilities(NodeGetCapabilitiesRequest())
         assert {capability.rpc.type for capability in reply.capabilities} == {
             NodeServiceCapability.RPC.GET_VOLUME_STATS,
@@ -132,7 +138,7 @@ async def test_a_republish_asks_neither_store_nor_api_server(node: NodeUnderTest
     async with node.running(), node.client() as client:
         request = node.publish_request(**{"expression": "hello", "csi.storage.k8s.io/pod.namespace": "default"})
         await client.NodePublishVolume(request)
-        node.expressions.failure = CknixError("away", code=Code.UNAVAILABLE)
+        node.expressions.failure = CknixError("away", Situation.KUBERNETES_UNAVAILABLE)
         node.fetcher.valid.clear()
         await client.NodePublishVolume(request)
     assert node.fetcher.fetched == []
@@ -214,13 +220,15 @@ async def test_every_problem_of_a_request_is_on_the_wire(node: NodeUnderTest) ->
     )
 
 
-@pytest.mark.parametrize("code", list(Code))
-async def test_an_error_arrives_with_its_code_and_words_and_nothing_else(node: NodeUnderTest, code: Code) -> None:
-    node.volumes.failure = CknixError("what happened\nand … why", code=code)
+@pytest.mark.parametrize("failing", {each.code: each for each in Situation}.values(), ids=lambda each: each.code.value)
+async def test_an_error_arrives_with_its_code_and_words_and_nothing_else(
+    node: NodeUnderTest, failing: Situation
+) -> None:
+    node.volumes.failure = CknixError("what happened\nand … why", failing)
     async with node.running(), node.client() as client:
         with pytest.raises(GRPCError) as raised:
             await client.NodePublishVolume(node.publish_request())
-    assert raised.value.status.name == code.value
+    assert raised.value.status.name == failing.code.value
     assert raised.value.message == "what happened\nand … why"
     assert raised.value.details is None
 
@@ -234,7 +242,7 @@ async def test_a_bug_is_internal_with_its_type_on_the_wire_and_its_traceback_in_
             await client.NodePublishVolume(node.publish_request())
     assert raised.value.status is Status.INTERNAL
     assert raised.value.message == (
-        "NodePublishVolume: unexpected ZeroDivisionError; the node daemon's log has the traceback"
+        "NodePublishVolume: unexpected ZeroDivisionError; the driver's log has the traceback"
     )
     assert "ZeroDivisionError: in the middle" in caplog.text
 
@@ -342,14 +350,14 @@ async def test_a_failure_that_retries_repeat_is_told_once_and_its_end_as_well(
     request = _like_kubelets(node)
     async with node.running(), node.client() as client:
         for _ in range(3):
-            node.volumes.failure = CknixError("no room", code=Code.RESOURCE_EXHAUSTED)
+            node.volumes.failure = CknixError("no room", Situation.OUT_OF_SPACE)
             with pytest.raises(GRPCError):
                 await client.NodePublishVolume(request)
         warnings = [line for line in told if line.startswith("WARNING")]
         assert len(warnings) == 1
         assert "RESOURCE_EXHAUSTED: no room [pod=default/web volume=tools" in warnings[0]
         assert f"closure={HELLO.basename}" in warnings[0]
-        node.volumes.failure = CknixError("other trouble", code=Code.RESOURCE_EXHAUSTED)
+        node.volumes.failure = CknixError("other trouble", Situation.OUT_OF_SPACE)
         with pytest.raises(GRPCError):
             await client.NodePublishVolume(request)
         await client.NodePublishVolume(request)

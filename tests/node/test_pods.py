@@ -8,8 +8,9 @@ import pytest
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
-from cknix_csi.api.errors import CknixError, Code, NotFound
+from cknix_csi.api.errors import CknixError, NotFound
 from cknix_csi.api.presentation import Presentation
+from cknix_csi.api.situations import Situation
 from cknix_csi.csi import pods
 from tests.node.conftest import NodeUnderTest
 from tests.node.fakes import HELLO, OTHER
@@ -21,7 +22,7 @@ POD = {
     "csi.storage.k8s.io/pod.uid": "u-1",
     "csi.storage.k8s.io/ephemeral": "true",
 }
-AWAY = CknixError("the API server did not answer", code=Code.UNAVAILABLE)
+AWAY = CknixError("the API server did not answer", Situation.KUBERNETES_UNAVAILABLE)
 
 
 @pytest.mark.parametrize(

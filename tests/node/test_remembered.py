@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from cknix_csi.api.attributes import FromExpression
-from cknix_csi.api.errors import CknixError, Code, NotFound
+from cknix_csi.api.errors import CknixError, NotFound
 from cknix_csi.api.expression import FAILED, RUNNING, SUCCEEDED
+from cknix_csi.api.situations import Situation
 from cknix_csi.csi import remembered, resolve
 from cknix_csi.csi.remembered import RememberedResults
 from cknix_csi.csi.resolve import Resolver
 from tests.node.fakes import HELLO, OTHER, SYSTEM, FakeExpressions, expression
 
 EXPRESSION = FromExpression("default", "hello")
-AWAY = CknixError("connection refused", code=Code.UNAVAILABLE)
+AWAY = CknixError("connection refused", Situation.KUBERNETES_UNAVAILABLE)
 
 
 async def _seen(file: Path, **state: Any) -> None:

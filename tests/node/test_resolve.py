@@ -6,8 +6,9 @@ import time
 import pytest
 
 from cknix_csi.api.attributes import FromExpression, FromSource, FromStorePath
-from cknix_csi.api.errors import CknixError, Code, InProgress, NotFound
+from cknix_csi.api.errors import CknixError, InProgress, NotFound
 from cknix_csi.api.expression import FAILED, RUNNING, SUCCEEDED
+from cknix_csi.api.situations import Code, Situation
 from cknix_csi.csi.resolve import Resolver
 from tests.node.fakes import HELLO, SYSTEM, FakeExpressions, expression
 
@@ -76,7 +77,7 @@ async def test_an_expression_that_does_not_exist_is_named(deleted_while_waiting:
 
 
 async def test_an_api_server_that_cannot_be_asked_is_passed_on_as_it_is() -> None:
-    away = CknixError("connection refused", code=Code.UNAVAILABLE)
+    away = CknixError("connection refused", Situation.KUBERNETES_UNAVAILABLE)
     with pytest.raises(CknixError) as raised:
         await Resolver(SYSTEM, FakeExpressions(failure=away)).resolve(HELLO_EXPRESSION, budget=60)
     assert raised.value is away

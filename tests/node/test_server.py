@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from grpclib.client import Channel
+from grpclib.client import Channel, UnaryUnaryMethod
+from grpclib.exceptions import GRPCError
 
 from cknix_csi.csi.identity import Identity
 from cknix_csi.csi.server import SocketUnavailable, serve
 from cknix_csi.proto.csi_grpc import IdentityStub
-from cknix_csi.proto.csi_pb2 import ProbeRequest
+from cknix_csi.proto.csi_pb2 import GetPluginInfoRequest, ProbeRequest, ProbeResponse
+from cknix_csi.volumes.failures import NodeUnusable
 from tests.node.conftest import LIMIT, exists
 
 SERVE_FOR_EVER = """
@@ -154,3 +156,24 @@ async def test_a_path_that_is_too_long_is_refused_and_one_that_just_fits_is_serv
     path = scratch / ("s" * room + ".sock")
     async with serve([Identity()], path, grace=1):
         assert await answers(path)
+
+
+async def test_every_call_is_observed_by_a_name_that_no_client_can_make_up(scratch: Path) -> None:
+    seen: list[tuple[str, str, str]] = []
+    path = scratch / "csi.sock"
+
+    async def sick() -> None:
+        raise NodeUnusable("the disk is gone")
+
+    serving = serve([Identity(sick)], path, grace=1, observe=lambda *call: seen.append(call[:3]))
+    async with serving, Channel(path=str(path)) as channel:
+        await IdentityStub(channel).GetPluginInfo(GetPluginInfoRequest())
+        made_up = UnaryUnaryMethod(channel, "/csi.v1.Identity/Nonsense", ProbeRequest, ProbeResponse)
+        for call in (IdentityStub(channel).Probe, made_up):
+            with pytest.raises(GRPCError):
+                await call(ProbeRequest())
+    assert seen == [
+        ("/csi.v1.Identity/GetPluginInfo", "OK", "OK"),
+        ("/csi.v1.Identity/Probe", "FAILED_PRECONDITION", "NodeUnusable"),
+        ("unknown", "UNIMPLEMENTED", "NotSupported"),
+    ]

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import time
+from typing import Any
 
 import pytest
 from grpclib.exceptions import GRPCError
@@ -59,13 +60,13 @@ async def use(node: WholeNode, *paths: str) -> None:
         await node.unpublish(f"user-{number}")
 
 
-async def retried(node: WholeNode, volume: str, path: str) -> list[str]:
+async def retried(node: WholeNode, volume: str, path: str, **attributes: Any) -> list[str]:
     """Publish as kubelet does, until it succeeds; the codes of the answers before."""
     codes: list[str] = []
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
         try:
-            await node.publish(volume, storePath=path)
+            await node.publish(volume, storePath=path, **attributes)
         except GRPCError as error:
             codes.append(error.status.name)
         else:
@@ -111,6 +112,23 @@ async def test_a_publish_that_found_the_disk_full_succeeds_when_it_is_tried_agai
     require_exactly(whole.shown("new"), source, big["C"])
     require_exactly(whole.shown("resident"), source, big["D"])
     assert not there(whole, source, big["A"])
+    filler.unlink()
+
+
+async def test_a_copy_that_found_no_room_gets_that_of_older_closures_and_never_its_own(
+    whole: WholeNode, source: Source, big: dict[str, str]
+) -> None:
+    mount_small_disk(whole, "ext4", 128)
+    await whole.start(CKNIX_GC_LOW="1Mi", CKNIX_GC_HIGH="2Mi")
+    await use(whole, big["A"], big["B"])
+    filler = fill(whole.namespace.see(whole.data), 20 * MEBIBYTE)
+    codes = await retried(whole, "new", big["C"], presentation="copy")
+    assert set(codes) == {"RESOURCE_EXHAUSTED"}
+    await at_rest(whole)
+    require_exactly(whole.shown("new"), source, big["C"])
+    assert not there(whole, source, big["A"])
+    assert there(whole, source, big["C"]), "which no volume holds, and nobody has used before"
+    assert len([call for call in whole.nix_calls() if big["C"] in call and "--delete" not in call]) == 1, "one fetch"
     filler.unlink()
 
 

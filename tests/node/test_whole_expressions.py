@@ -14,16 +14,24 @@ GRACE_SECONDS = 3.0
 """What a pod may wait for its volume once its Expression has a result."""
 
 
-async def test_a_pod_applied_before_its_expression_is_built_starts_when_it_is(
+async def test_a_pod_applied_before_its_expression_is_built_hears_what_it_waits_for_and_starts_when_it_is(
     whole: WholeNode, cluster: Cluster, source: Source
 ) -> None:
     await cluster.apply("late")
     await whole.start()
     await whole.publish("warm", storePath=source.hello)
-    waiting = asyncio.create_task(whole.publish(expression="late"))
     await cluster.report("late", "Running", message="building 1 of 2")
-    await asyncio.sleep(0.3)
-    assert not waiting.done()
+    waiting = asyncio.create_task(whole.publish("early", expression="late"))
+    while not (told := await cluster.events("pod-early")):
+        assert not waiting.done()
+        await asyncio.sleep(0.1)
+    assert told == [
+        (
+            "WaitingForExpression",
+            'volume "nix" has to wait: Expression default/late has no result yet (generation 1, Running): '
+            "building 1 of 2",
+        )
+    ]
     await cluster.report("late", "Succeeded", x86_64_linux=source.hello)
     reported = time.monotonic()
     require_exactly(await waiting, source, source.hello)
@@ -139,6 +147,28 @@ async def test_a_daemon_that_starts_without_an_api_server_serves_what_it_can(
     await whole.unpublish("before")
     cluster.api.open()
     require_exactly(await whole.publish("v1", expression="unseen"), source, source.hello)
+
+
+async def test_a_daemon_that_starts_while_the_api_server_hangs_serves_what_it_can(
+    whole: WholeNode, cluster: Cluster, source: Source
+) -> None:
+    for name in ("seen", "unseen"):
+        await cluster.apply(name)
+        await cluster.report(name, "Succeeded", x86_64_linux=source.hello)
+    await whole.start()
+    await whole.publish("before", expression="seen")
+    await whole.eventually("the result is kept", (whole.data / "state/results.json").exists)
+    whole.kill()
+    cluster.api.stall()
+    await whole.start()
+    await asyncio.gather(  # each waits for a while for the server, and no longer
+        whole.publish("known", storePath=source.hello), whole.publish("remembered", expression="seen")
+    )
+    for volume in ("before", "known", "remembered"):
+        require_exactly(whole.shown(volume), source, source.hello)
+    await whole.unpublish("before")
+    cluster.api.open()
+    require_exactly(await whole.publish_retrying("unseen", expression="unseen"), source, source.hello)
 
 
 async def test_an_api_server_that_is_back_is_believed_and_not_what_was_remembered(

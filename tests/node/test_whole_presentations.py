@@ -60,7 +60,7 @@ async def test_a_copys_pod_is_told_what_it_cost(whole: WholeNode, cluster: Clust
         selector = "involvedObject.kind=Pod,involvedObject.uid=dear"
         return cluster.server.kubectl("get", "events", "--field-selector", selector, "-o", f"jsonpath={template}")
 
-    await whole.eventually("the event is there", events)
+    await whole.eventually("the event is there", lambda: "VolumeCopied" in events())
     files = [path for path in (whole.shown("dear") / "store").rglob("*") if path.is_file() and not path.is_symlink()]
     assert f'VolumeCopied: volume "nix" is a private copy of {source.hello}, as it asks for; files: ' in events()
     assert f"{len(files)} copied" in events() or f"{len(files)} reflinked" in events()

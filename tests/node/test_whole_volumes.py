@@ -78,7 +78,7 @@ async def test_a_known_closure_costs_no_process_and_no_request(
     for number in range(10):
         await whole.publish(f"pod-{number}", expression="known", writable=number % 2 == 1)
         await whole.publish(f"path-{number}", storePath=source.hello)
-    assert (whole.descendants_faults(), len(whole.nix_calls())) == (faults, calls)
+    assert (whole.descendants_faults(), whole.own_children(), len(whole.nix_calls())) == (faults, [], calls)
     assert (cluster.api.sent, cluster.cache.requests) == (0, [])
 
 

@@ -184,6 +184,13 @@ class Cluster:
             self.server.kubectl("delete", "pod", *self._scheduled, "-n", POD_NAMESPACE, "--force", "--grace-period=0")
         self._scheduled.clear()
 
+    async def events(self, pod: str) -> list[tuple[str, str]]:
+        """Reasons and messages of the Events on *pod*."""
+        async with connected(self.server.kubeconfig("admin")) as api:
+            query = {"fieldSelector": f"involvedObject.kind=Pod,involvedObject.name={pod}"}
+            found = await api.get(core("events", POD_NAMESPACE), query=query)
+            return [(item["reason"], item["message"]) for item in found["items"]]
+
     async def apply(self, name: str) -> None:
         """What a user does: create the Expression, or change its spec to a newer generation."""
         async with connected(self.server.kubeconfig("admin")) as api:
@@ -314,6 +321,7 @@ class WholeNode:
             "CKNIX_KUBELET_ROOT": str(self.kubelet),
             "CKNIX_RPC_BUDGET": f"{LIMIT}",
             "CKNIX_GC_LOW": "0",  # what a test sees must not depend on how full this machine's disk is
+            "CKNIX_METRICS_LISTEN": "off",  # nodes share this machine's ports
             **settings,
         }
 
@@ -396,6 +404,12 @@ class WholeNode:
         """Page faults of all children the daemon has had so far (proc_pid_stat(5), cminflt): no child, no fault."""
         assert self.daemon is not None
         return int(Path(f"/proc/{self.daemon.pid}/stat").read_text().rpartition(")")[2].split()[8])
+
+    def own_children(self) -> list[str]:
+        """Ids of the daemon's children that live, or have ended and nobody has asked how."""
+        assert self.daemon is not None
+        tasks = Path(f"/proc/{self.daemon.pid}/task").glob("*/children")
+        return [child for task in tasks for child in task.read_text().split()]
 
     def nix_calls(self) -> list[str]:
         """Command lines of Nix that the daemon has run."""

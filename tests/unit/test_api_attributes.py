@@ -13,7 +13,8 @@ from cknix_csi.api.attributes import (
     parse_source,
     user_attributes,
 )
-from cknix_csi.api.errors import Code, Invalid
+from cknix_csi.api.errors import Invalid
+from cknix_csi.api.situations import Code
 from cknix_csi.api.storepath import StorePath
 
 SYSTEM = "x86_64-linux"

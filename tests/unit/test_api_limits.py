@@ -2,8 +2,9 @@
 
 import pytest
 
-from cknix_csi.api.errors import Code, Invalid
+from cknix_csi.api.errors import Invalid
 from cknix_csi.api.limits import MAXIMUM_BYTES, MINIMUM_BYTES, Limit, Medium, SizePolicy
+from cknix_csi.api.situations import Code
 
 MIB, GIB = 1 << 20, 1 << 30
 

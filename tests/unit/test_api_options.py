@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cknix_csi.api.attributes import parse_source
-from cknix_csi.api.errors import Code, Invalid
+from cknix_csi.api.errors import Invalid
 from cknix_csi.api.limits import Limit, Medium
 from cknix_csi.api.options import VolumeOptions, parse_options
 from cknix_csi.api.presentation import Presentation
+from cknix_csi.api.situations import Code
 
 GIB = 1 << 30
 POD = {"csi.storage.k8s.io/pod.name": "web-0", "csi.storage.k8s.io/pod.namespace": "shop"}

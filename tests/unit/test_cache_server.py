@@ -353,3 +353,51 @@ def test_no_thread_outlives_its_cache(tmp_path: Path) -> None:
     for thread in set(threading.enumerate()) - before:
         thread.join(LIMIT)
     assert set(threading.enumerate()) - before == set()
+
+
+class Seen:
+    """An observer that keeps all it is told."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, int]] = []
+        self.bytes = 0
+
+    def answered(self, kind: str, code: int) -> None:
+        self.requests.append((kind, code))
+
+    def sent(self, size: int) -> None:
+        self.bytes += size
+
+
+async def test_what_is_observed_is_what_was_asked_and_sent(tmp_path: Path) -> None:
+    shelf, seen = Shelf(tmp_path, hello=b"hello\n"), Seen()
+    async with served(cache_app(shelf.store, KEY, observer=seen)) as client:
+        known = shelf.narinfo("hello"), shelf.nar("hello")
+        for url in ("nix-cache-info", *known, f"{'1' * 32}.narinfo", "x", "healthz"):
+            async with client.get(url) as answer:
+                await answer.read()
+        async with client.head(shelf.nar("hello")):
+            pass
+    found = [("info", 200), ("narinfo", 200), ("nar", 200), ("narinfo", 404), ("other", 404), ("healthz", 200)]
+    assert seen.requests == [*found, ("nar", 200)]
+    assert seen.bytes == shelf.infos["hello"].nar_size
+
+
+async def test_an_answer_that_is_broken_off_is_not_observed_as_a_good_one(tmp_path: Path) -> None:
+    shelf, seen = Shelf(tmp_path, big=BIG, cut=BIG), Seen()
+    os.truncate(shelf.file("cut"), BIG // 2)
+    async with served(cache_app(shelf.store, KEY, stall_seconds=0.2, observer=seen)) as client:
+        async with client.get(shelf.nar("big")) as answer:
+            await answer.content.readexactly(1)
+            answer.close()
+        while len(seen.requests) < 1:
+            await asyncio.sleep(0.01)
+        with pytest.raises(aiohttp.ClientError):
+            async with client.get(shelf.nar("cut")) as answer:
+                await answer.read()
+        stuck = await client.get(shelf.nar("big"))
+        while len(seen.requests) < 3:
+            await asyncio.sleep(0.01)
+        stuck.close()
+    assert seen.requests == [("nar", 499), ("nar", 500), ("nar", 408)]
+    assert 0 < seen.bytes < 2 * BIG

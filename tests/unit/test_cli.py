@@ -49,7 +49,7 @@ def test_help_imports_nothing_that_takes_long() -> None:
 
 def test_the_help_names_every_role_and_option() -> None:
     top, run = _run("--help").stdout, _run("run", "--help").stdout
-    assert all(role in top for role in ("controller", "node", "run", "probe", "volumes"))
+    assert all(role in top for role in ("controller", "node", "provisioner", "run", "probe", "volumes"))
     options = (
         "--file FILE",
         "--name NAME",
@@ -62,7 +62,7 @@ def test_the_help_names_every_role_and_option() -> None:
         "-q",
     )
     assert all(option in run for option in options)
-    for role in ("controller", "node"):
+    for role in ("controller", "node", "provisioner"):
         assert "--log-format {text,json}" in _run(role, "--help").stdout
 
 
@@ -112,10 +112,21 @@ def test_everything_after_the_dashes_is_the_commands() -> None:
             2,
             ["cknix-csi run: spec.a: is bad", "cknix-csi run: spec.b: is worse"],
         ),
+        (
+            CknixError("compiling\nboom\nerror: builder for '/nix/store/x.drv' failed with exit code 3"),
+            1,
+            [
+                "cknix-csi run: builder for '/nix/store/x.drv' failed with exit code 3: boom",
+                "",
+                "compiling",
+                "boom",
+                "error: builder for '/nix/store/x.drv' failed with exit code 3",
+            ],
+        ),
         (KeyboardInterrupt(), 130, ["cknix-csi run: interrupted"]),
     ],
 )
-def test_an_error_is_one_line_per_problem(
+def test_an_error_is_one_line_per_problem_and_comes_before_a_log(
     error: BaseException,
     code: int,
     lines: list[str],
@@ -130,7 +141,7 @@ def test_an_error_is_one_line_per_problem(
     assert capsys.readouterr().err.splitlines() == lines
 
 
-@pytest.mark.parametrize("role", ["controller", "node"])
+@pytest.mark.parametrize("role", ["controller", "node", "provisioner"])
 def test_the_log_format_of_the_command_line_comes_before_the_environments(
     role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from cknix_csi.api.errors import Code
+from cknix_csi.api.situations import Code
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.controller.key import MalformedKey, ensure_key
 from cknix_csi.controller.nodes import ClusterSystems, systems_of

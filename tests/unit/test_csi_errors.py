@@ -5,7 +5,8 @@ from grpclib.const import Status
 from grpclib.metadata import encode_grpc_message
 
 from cknix_csi.api import errors
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Code, Situation
 from cknix_csi.csi.errors import MAX_ENCODED_MESSAGE, fitting, grpc_error, status_of
 
 # The numbers of gRPC's canonical codes.
@@ -13,10 +14,11 @@ NUMBERS = {
     Code.INVALID_ARGUMENT: 3,
     Code.NOT_FOUND: 5,
     Code.ALREADY_EXISTS: 6,
-    Code.PERMISSION_DENIED: 7,
     Code.RESOURCE_EXHAUSTED: 8,
     Code.FAILED_PRECONDITION: 9,
     Code.ABORTED: 10,
+    Code.OUT_OF_RANGE: 11,
+    Code.UNIMPLEMENTED: 12,
     Code.INTERNAL: 13,
     Code.UNAVAILABLE: 14,
 }
@@ -50,7 +52,7 @@ def test_an_error_has_its_message_and_no_details(kind: type[CknixError]) -> None
 
 
 def test_an_error_without_words_says_its_reason() -> None:
-    assert grpc_error(CknixError("", reason="Odd")).message == "Odd"
+    assert grpc_error(CknixError("", Situation.WRONG_SYSTEM)).message == "WrongSystem"
 
 
 @pytest.mark.parametrize("filler", ["x", "\n", "é", "…", "漢", "😀"])

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from cknix_csi.api.attributes import FromExpression, FromStorePath, PodInfo, VolumeSource
-from cknix_csi.api.errors import CknixError, Code, Conflict
+from cknix_csi.api.errors import CknixError, Conflict
 from cknix_csi.api.limits import Limit, Medium
 from cknix_csi.api.options import VolumeOptions
 from cknix_csi.api.presentation import Presentation
+from cknix_csi.api.situations import Code
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.csi.publications import require_only, require_same
 from cknix_csi.csi.requests import AccessMode, PublishCall

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cknix_csi.api.attributes import FromExpression, FromStorePath, PodInfo
-from cknix_csi.api.errors import Code, Invalid
+from cknix_csi.api.attributes import KNOWN_KEYS, FromExpression, FromStorePath, PodInfo
+from cknix_csi.api.errors import Invalid
 from cknix_csi.api.limits import Limit, Medium
 from cknix_csi.api.options import VolumeOptions
+from cknix_csi.api.situations import Code
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.csi.requests import AccessMode, PublishCall, StatsCall, UnpublishCall
 from cknix_csi.proto.csi_pb2 import (
@@ -229,3 +232,41 @@ def test_all_problems_of_a_request_for_stats_are_reported_at_once() -> None:
         with pytest.raises(Invalid) as raised:
             StatsCall.parse(request)
         assert (raised.value.code, raised.value.message) == (Code.INVALID_ARGUMENT, message)
+
+
+FEW = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # UTF-8, as protobuf has it
+PATHS = FEW | FEW.map("/{}".format) | st.lists(FEW, max_size=4).map(lambda parts: "/" + "/".join(parts))
+ATTRIBUTES = st.dictionaries(st.sampled_from([*POD, *sorted(KNOWN_KEYS)]) | FEW, FEW | st.just(HELLO), max_size=6)
+MOUNTS = st.builds(
+    VolumeCapability.MountVolume, fs_type=FEW, mount_flags=st.lists(FEW, max_size=2), volume_mount_group=FEW
+)
+MODES = st.builds(VolumeCapability.AccessMode, mode=st.integers(0, 9))
+CAPABILITIES = st.one_of(
+    st.none(),
+    st.builds(VolumeCapability, mount=MOUNTS, access_mode=MODES),
+    st.builds(VolumeCapability, block=st.just(VolumeCapability.BlockVolume()), access_mode=MODES),
+    st.builds(VolumeCapability, access_mode=MODES),
+)
+
+
+@given(
+    st.builds(
+        NodePublishVolumeRequest,
+        volume_id=FEW,
+        target_path=PATHS,
+        volume_capability=CAPABILITIES,
+        readonly=st.booleans(),
+        volume_context=ATTRIBUTES,
+        publish_context=ATTRIBUTES,
+        secrets=ATTRIBUTES,
+    )
+)
+def test_any_request_is_read_or_refused_in_words(request: NodePublishVolumeRequest) -> None:
+    try:
+        call = PublishCall.parse(request, system=SYSTEM)
+    except Invalid as error:
+        assert error.problems
+        assert all(problem.field and problem.message for problem in error.problems)
+    else:
+        assert call.volume_id
+        assert call.target.is_absolute()

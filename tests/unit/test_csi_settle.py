@@ -2,8 +2,9 @@
 
 import pytest
 
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
 from cknix_csi.api.expression import FAILED, PENDING, RUNNING, SUCCEEDED, Observed
+from cknix_csi.api.situations import Code
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.csi.resolve import settle
 

@@ -15,11 +15,18 @@ import yaml
 
 from cknix_csi import cli
 from cknix_csi.api.attributes import EPHEMERAL, KNOWN_KEYS, POD_NAME, POD_NAMESPACE, parse_source
+from cknix_csi.api.claims import EXPRESSION_ANNOTATION, volume_attributes
 from cknix_csi.api.errors import Invalid, Problem
 from cknix_csi.api.expression import KIND, parse_manifest
 from cknix_csi.api.options import parse_options
 from cknix_csi.api.systems import KNOWN_SYSTEMS
-from cknix_csi.settings import DRIVER_NAME, controller_settings, node_settings, run_settings
+from cknix_csi.settings import (
+    DRIVER_NAME,
+    controller_settings,
+    node_settings,
+    provisioner_settings,
+    run_settings,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "nix/demo/README.md"]
@@ -27,6 +34,7 @@ MANIFESTS = sorted((REPOSITORY / "yaml").rglob("*.yaml"))
 ROLES: Mapping[str, Callable[[Mapping[str, str]], object]] = {
     "controller": controller_settings,
     "node": node_settings,
+    "provisioner": provisioner_settings,
     "run": lambda environment: run_settings(environment, None),
 }
 
@@ -59,10 +67,27 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
             yield from _objects(part)
 
 
+def _classes() -> set[str]:
+    """Names of the classes among the examples."""
+    documents = yaml.safe_load_all((REPOSITORY / "yaml/test/storageclass.yaml").read_text())
+    return {body["metadata"]["name"] for body in documents}
+
+
 def _check_yaml(text: str) -> int:
-    """Parse every Expression and every volume of ours in *text*, and count them."""
+    """Parse every Expression, volume, class and claim of ours in *text*, and count them."""
     found = 0
     for mapping in _objects(list(yaml.safe_load_all(text))):
+        annotations = (mapping.get("metadata") or {}).get("annotations") or {}
+        if mapping.get("provisioner") == DRIVER_NAME:
+            # A class may leave its Expression to the claim.
+            parameters = mapping.get("parameters", {})
+            volume_attributes(parameters, {} if parameters else {EXPRESSION_ANNOTATION: "hello"}, requested=1 << 30)
+            found += 1
+        elif mapping.get("storageClassName") in _classes():
+            found += 1
+        elif mapping.get("kind") == "PersistentVolumeClaim" and annotations:
+            volume_attributes({}, annotations, requested=1 << 30)
+            found += 1
         if mapping.get("kind") == KIND:
             parse_manifest(mapping)
             found += 1
@@ -124,6 +149,18 @@ def test_every_page_of_the_documentation_can_be_reached_from_the_readme() -> Non
     assert linked == {_name(page) for page in PAGES if page.parent.name == "docs"}
 
 
+def test_every_field_of_an_expression_is_explained_with_its_default() -> None:
+    crd = yaml.safe_load((REPOSITORY / "yaml/10-crd.yaml").read_text())
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    spec, status = schema["spec"]["properties"], schema["status"]["properties"]
+    rows = {name.strip("`"): default for name, default, _ in _table("docs/expression.md", "field | default")}
+    assert set(rows) == {f"spec.{name}" for name in spec} | {f"spec.data.{name}" for name in spec["data"]["properties"]}
+    assert rows["spec.historyLimit"] == str(spec["historyLimit"]["default"])
+    assert {name.strip("`") for name, _ in _table("docs/expression.md", "field | value")} == {
+        f"status.{name}" for name in status
+    }
+
+
 def test_make_targets_that_are_named_exist() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
@@ -160,7 +197,7 @@ def test_arguments_in_the_manifests_are_understood() -> None:
         for mapping in _objects(list(yaml.safe_load_all(file.read_text()))):
             if "args" in mapping and "cknix-csi" in str(mapping.get("image")):
                 found.add(cli.parser().parse_args(mapping["args"]).command)
-    assert found == {"controller", "node"}
+    assert found == {"controller", "node", "provisioner"}
 
 
 def test_files_that_commands_apply_exist() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -65,6 +66,30 @@ def test_without_a_ledger_that_is_said_and_nothing_is_made(tmp_path: Path, capsy
     assert told.out == ""
     assert f"there is no ledger {tmp_path / FILE}: no node daemon has worked with this data root" in told.err
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_no_file_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / FILE).mkdir(parents=True)
+    assert cli.main(["volumes", "--data-root", str(tmp_path)]) == 1
+    assert f"the ledger {tmp_path / FILE} is a directory; the node daemon puts that aside" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.EACCES, "Permission denied; run this as root"), (errno.EIO, "see the kernel log")]
+)
+def test_a_file_that_may_not_or_cannot_be_opened_is_said_with_what_helps(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    remedy: str,
+) -> None:
+    def refuse(file: Path, _mode: str) -> None:
+        raise OSError(number, os.strerror(number), str(file))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert cli.main(["volumes", "--data-root", str(tmp_path)]) == 1
+    assert remedy in capsys.readouterr().err
 
 
 def test_a_ledger_that_cannot_be_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from cknix_csi import __version__
+from cknix_csi.privileges import CONTROLLER_KEEPS
 
 MANIFESTS = sorted((Path(__file__).parents[2] / "yaml").glob("*.yaml"))
 
@@ -32,6 +33,24 @@ def test_a_selector_holds_nothing_that_an_upgrade_changes() -> None:
 def test_no_two_selectors_of_one_kind_choose_the_same_pods() -> None:
     selectors = [tuple(sorted(body["spec"]["selector"]["matchLabels"].items())) for body in workloads()]
     assert len(set(selectors)) == len(selectors)
+
+
+def test_containers_have_no_more_than_they_need() -> None:
+    """Only the node is privileged, which Bidirectional mounts need; the controller has what it keeps, and nobody writes
+    to its own image."""
+    seen = {}
+    for body in workloads():
+        for container in body["spec"]["template"]["spec"]["containers"]:
+            context = container["securityContext"]
+            assert context["readOnlyRootFilesystem"] is True, container["name"]
+            if context.get("privileged"):
+                seen[container["name"]] = ["privileged"]
+            else:
+                assert context["capabilities"]["drop"] == ["ALL"]
+                seen[container["name"]] = context["capabilities"].get("add", [])
+    assert seen.pop("node") == ["privileged"]
+    assert seen.pop("controller") == sorted(capability.name for capability in CONTROLLER_KEEPS)
+    assert {name: powers for name, powers in seen.items() if powers} == {}
 
 
 def test_no_two_objects_have_one_name() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from cknix_csi.api.storepath import StorePath
-from cknix_csi.nix import collector
+from cknix_csi.nix import collector, gcroots
 from cknix_csi.nix.collector import CollectionRuns, outlast_collector
+from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.store import Store
 
 HELLO = StorePath.parse("/nix/store/6c1vlf6kyyl0x5cjdhvr3bymgxa74fjb-hello")
@@ -65,6 +66,35 @@ async def test_a_path_that_the_collection_deletes_waits_no_longer(store: Store) 
             await waiting
 
 
+async def test_several_paths_wait_until_none_of_them_can_go(store: Store) -> None:
+    other = StorePath("0" * 32, "other")
+    store.physical_path(other).touch()
+    with collecting(store):
+        waiting = asyncio.create_task(outlast_collector(store, other, HELLO))
+        store.physical_path(other).unlink()
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+    async with asyncio.timeout(5):
+        await waiting
+
+
+async def test_a_root_that_must_hold_waits_for_the_collection_when_it_is_new_and_only_then(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collector, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(gcroots, "tell_collector", lambda *_: None)  # nobody answers here
+    roots = GcRoots(store, "expressions", outlasting=True)
+    with collecting(store):
+        for _ in range(2):
+            with pytest.raises(CollectionRuns):
+                await asyncio.to_thread(roots.add, "default/hello/1", HELLO)
+            assert roots.list() == {}, "so that the next try waits as well"
+    roots.add("default/hello/1", HELLO)
+    with collecting(store):
+        roots.add("default/hello/1", HELLO)
+    assert roots.list() == {"default/hello/1": HELLO}
+
+
 async def test_a_collection_that_takes_long_is_said_to_whoever_reads_the_pods_events(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,4 +104,4 @@ async def test_a_collection_that_takes_long_is_said_to_whoever_reads_the_pods_ev
         pytest.raises(CollectionRuns, match=r"-hello was in no use, and the garbage collection that runs on this node"),
     ):
         await outlast_collector(store, HELLO)
-    assert CollectionRuns.code.transient
+    assert CollectionRuns.situation.code.transient

@@ -9,13 +9,16 @@ import pytest
 
 from cknix_csi.api.errors import Invalid
 from cknix_csi.api.limits import SizePolicy
+from cknix_csi.api.policies import StorePaths
 from cknix_csi.api.watermarks import Watermark, Watermarks
 from cknix_csi.settings import (
     ControllerSettings,
     NixSettings,
     NodeSettings,
+    ProvisionerSettings,
     controller_settings,
     node_settings,
+    provisioner_settings,
     run_settings,
 )
 
@@ -47,9 +50,12 @@ def test_a_node_needs_no_settings() -> None:
         namespace="cknix-system",
         rpc_budget=100.0,
         sizes=SizePolicy(default=None, maximum=None),
+        store_paths=StorePaths.ALLOW,
         keep_warm=0,
         keep_warm_seconds=600.0,
         watermarks=Watermarks(Watermark(percent=15.0), Watermark(percent=20.0)),
+        keep_capabilities=False,
+        metrics=("0.0.0.0", 9808),
         log_level="info",
         log_format="text",
     )
@@ -65,8 +71,15 @@ def test_the_controller_needs_no_settings() -> None:
         max_builds=4,
         watermarks=Watermarks(Watermark(percent=15.0), Watermark(percent=20.0)),
         node_name=platform.node(),
+        keep_capabilities=False,
         log_level="info",
         log_format="text",
+    )
+
+
+def test_the_provisioner_needs_no_settings() -> None:
+    assert provisioner_settings({}) == ProvisionerSettings(
+        endpoint=Path("/run/csi/csi.sock"), namespace="cknix-volumes", log_level="info", log_format="text"
     )
 
 
@@ -115,6 +128,8 @@ def test_a_blank_variable_is_as_good_as_none(blank: str) -> None:
         ("CKNIX_RPC_BUDGET", "20s", "rpc_budget", 20.0),
         ("CKNIX_SIZE_LIMIT_DEFAULT", "1Gi", "sizes", SizePolicy(default=1 << 30)),
         ("CKNIX_SIZE_LIMIT_MAX", "10G", "sizes", SizePolicy(maximum=10**10)),
+        ("CKNIX_METRICS_LISTEN", "127.0.0.1:9000", "metrics", ("127.0.0.1", 9000)),
+        ("CKNIX_METRICS_LISTEN", "Off", "metrics", None),
         ("CKNIX_KEEP_WARM", "16", "keep_warm", 16),
         ("CKNIX_KEEP_WARM", "0", "keep_warm", 0),
         ("CKNIX_KEEP_WARM_TIME", "1h", "keep_warm_seconds", 3600.0),
@@ -186,6 +201,7 @@ def test_the_controller_reads_its_variables(name: str, text: str, field: str, va
         ("CKNIX_SIZE_LIMIT_MAX", "1Ki", "is too small; the limit is from 1Mi to 1Ti"),
         ("CKNIX_GC_LOW", "little", "is neither a share of the disk, such as 10%, nor a size, such as 5Gi"),
         ("CKNIX_GC_HIGH", "100%", "must be less than 100%"),
+        ("CKNIX_METRICS_LISTEN", "9808", "must be host:port, for example 0.0.0.0:8080, or off"),
         ("CKNIX_KEEP_WARM", "-1", "must be a whole number, at least 0"),
         ("CKNIX_KEEP_WARM", "many", "must be a whole number, at least 0"),
         ("CKNIX_KEEP_WARM_TIME", "0", "must be longer than nothing"),

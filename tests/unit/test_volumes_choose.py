@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cknix_csi.api.errors import Code
 from cknix_csi.api.presentation import Presentation
+from cknix_csi.api.situations import Code
 from cknix_csi.volumes.choose import Choice, PresentationUnavailable, Wish, choose
 from cknix_csi.volumes.probe import TITLES, Finding, ProbeResult, table
 
@@ -66,6 +66,13 @@ wishes = st.builds(
         pytest.param((), asking(read_only_userns, HARDLINK), HARDLINK, False, id="a farm asked for what it is for"),
         pytest.param(tuple(TITLES), asking(read_only, COPY), COPY, False, id="a copy needs nothing"),
         pytest.param(("loop",), dataclasses.replace(read_only, size_limit=LIMIT), REDIRECT, True, id="no limit"),
+        pytest.param(
+            ("idmap",),
+            dataclasses.replace(asking(writable_userns, COPY), size_limit=LIMIT),
+            COPY,
+            False,
+            id="a copy in a place of its own needs nothing of the data root's file system",
+        ),
     ],
 )
 def test_the_choice(missing: tuple[str, ...], wish: Wish, presentation: Presentation, overlay: bool) -> None:
@@ -104,6 +111,11 @@ def test_the_choice(missing: tuple[str, ...], wish: Wish, presentation: Presenta
         pytest.param(
             ("idmap",), asking(writable_userns, COPY), Code.FAILED_PRECONDITION, ["because of idmap"],
             id="not even a copy",
+        ),
+        pytest.param(
+            ("idmap_sized",), dataclasses.replace(asking(writable_userns, COPY), size_limit=LIMIT),
+            Code.FAILED_PRECONDITION, ["because of idmap_sized"],
+            id="nor one whose own place cannot be id-mapped",
         ),
         pytest.param(
             ("listing", "hardlink"), read_only, Code.FAILED_PRECONDITION,
@@ -174,7 +186,8 @@ def require_rules(missing: set[str], wish: Wish) -> None:
     assert wish.asked in {None, choice.presentation}, "never something else than what was asked for"
     assert wish.asked is COPY or choice.presentation is not COPY, "never a cost that nobody asked for"
     assert not (choice.overlay and not wish.host_users), "an overlay cannot be id-mapped"
-    assert wish.host_users or "idmap" not in missing
+    own_place = wish.asked is COPY and wish.writable and wish.size_limit is not None
+    assert wish.host_users or ("idmap_sized" if own_place else "idmap") not in missing
     if choice.presentation is HARDLINK:
         assert not wish.writable or wish.host_users, "never a farm that hostUsers: false could write to"
         assert not wish.writable or choice.overlay, "a farm is written to in an overlay only"

@@ -340,6 +340,21 @@ async def test_a_file_cut_short_anywhere_is_begun_anew_or_whole(file: Path) -> N
         assert "/new" in on_disk(file)
 
 
+async def test_a_directory_in_its_place_is_put_aside_also_under_a_running_daemon(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (file / "somebody's").mkdir(parents=True)
+    async with new(file) as ledger:
+        ledger.record_publish(entry("/a"))
+        await written(ledger, file, ["/a"])
+        file.unlink()
+        file.mkdir()
+        ledger.record_publish(entry("/b"))
+        await written(ledger, file, ["/a", "/b"])
+    assert "is begun anew: what was there is no use, it is a directory; it is now " in caplog.text
+    assert [path.name for path in file.parent.glob("*/somebody's")] == ["somebody's"]
+
+
 async def test_damage_while_it_is_open_is_survived(file: Path) -> None:
     async with new(file) as ledger:
         ledger.record_publish(entry("/a"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
 
 CHUNK = 256 * 1024
 """Bytes: the longest piece of a dump, and the most that is held of any file."""
@@ -21,7 +22,7 @@ CHUNK = 256 * 1024
 class NarUnreadable(CknixError):
     """A tree that cannot be written as a NAR, or that changed while it was."""
 
-    reason = "NarUnreadable"
+    situation = Situation.NAR_UNREADABLE
 
 
 def dump(path: Path) -> Generator[bytes, None, None]:

@@ -18,12 +18,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from aiohttp import web
 
@@ -58,6 +58,36 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
+class Observer(Protocol):
+    """Told of what the cache does; satisfied by ``metrics.ports.CacheMetrics``."""
+
+    def answered(self, kind: str, code: int) -> None:
+        """A request for *kind* was answered with HTTP status *code*."""
+
+    def sent(self, size: int) -> None:
+        """So many bytes of a NAR have gone out."""
+
+
+class _Nobody:
+    def answered(self, kind: str, code: int) -> None: ...
+
+    def sent(self, size: int) -> None: ...
+
+
+_NOBODY = _Nobody()
+_CLIENT_LEFT = 499
+"""nginx's; nobody hears it."""
+
+
+class _BrokenOff(Exception):
+    """*response* has begun and could not be ended; *code* is the status that would have been the true one."""
+
+    def __init__(self, response: web.StreamResponse, code: int) -> None:
+        super().__init__(code)
+        self.response = response
+        self.code = code
+
+
 def runtime_paths(path: StorePath) -> bool:
     """The default policy: everything but derivations."""
     return not path.is_derivation
@@ -70,6 +100,7 @@ def cache_app(
     allowed: Policy = runtime_paths,
     max_streams: int = MAX_STREAMS,
     stall_seconds: float = STALL_SECONDS,
+    observer: Observer = _NOBODY,
 ) -> web.Application:
     """The cache of *store* as an application; every narinfo is signed by *key*, beside the signatures the store has."""
     readers = ThreadPoolExecutor(_READERS, thread_name_prefix="nar")
@@ -82,6 +113,7 @@ def cache_app(
         lookups=lookups,
         turns=asyncio.Semaphore(max_streams),
         stall_seconds=stall_seconds,
+        observer=observer,
     )
 
     async def stop_threads(_: web.Application) -> None:
@@ -90,12 +122,38 @@ def cache_app(
 
     app = web.Application()
     app.on_cleanup.append(stop_threads)
-    app.router.add_get("/healthz", cache.healthy)
-    app.router.add_get("/nix-cache-info", cache.about)
-    app.router.add_get(f"/{{hash:{_DIGIT}{{32}}}}.narinfo", cache.narinfo)
-    app.router.add_get(f"/nar/{{hash:{_DIGIT}{{32}}}}-{{nar_hash:{_DIGIT}{{52}}}}.nar", cache.nar)
-    app.router.add_get("/{anything:.*}", cache.nothing)
+    for kind, path, answer in (
+        ("healthz", "/healthz", cache.healthy),
+        ("info", "/nix-cache-info", cache.about),
+        ("narinfo", f"/{{hash:{_DIGIT}{{32}}}}.narinfo", cache.narinfo),
+        ("nar", f"/nar/{{hash:{_DIGIT}{{32}}}}-{{nar_hash:{_DIGIT}{{52}}}}.nar", cache.nar),
+        ("other", "/{anything:.*}", cache.nothing),
+    ):
+        app.router.add_get(path, _observed(observer, kind, answer))
     return app
+
+
+def _observed(
+    observer: Observer, kind: str, answer: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        code = web.HTTPInternalServerError.status_code
+        try:
+            response = await answer(request)
+            code = response.status
+        except _BrokenOff as broken:
+            response, code = broken.response, broken.code
+        except web.HTTPException as refusal:
+            code = refusal.status
+            raise
+        except asyncio.CancelledError:
+            code = _CLIENT_LEFT
+            raise
+        finally:
+            observer.answered(kind, code)
+        return response
+
+    return handle
 
 
 @asynccontextmanager
@@ -106,13 +164,14 @@ async def running_cache(
     host: str,
     port: int,
     allowed: Policy = runtime_paths,
+    observer: Observer = _NOBODY,
 ) -> AsyncIterator[int]:
     """Serve *store* while the block runs; gives the bound port (another than *port* when that is 0).
 
     Raises OSError when the address cannot be had.
     """
     runner = web.AppRunner(
-        cache_app(store, key, allowed=allowed),
+        cache_app(store, key, allowed=allowed, observer=observer),
         access_log=None,
         handler_cancellation=True,  # a client that is gone gives its turn back at once
         shutdown_timeout=_DRAIN_SECONDS,
@@ -135,9 +194,10 @@ async def serve_cache(
     port: int,
     allowed: Policy = runtime_paths,
     listening: Callable[[int], None] | None = None,
+    observer: Observer = _NOBODY,
 ) -> None:
     """Serve until cancelled; *listening* gets the bound port once connections are taken.  Raises OSError."""
-    async with running_cache(store, key, host=host, port=port, allowed=allowed) as bound:
+    async with running_cache(store, key, host=host, port=port, allowed=allowed, observer=observer) as bound:
         if listening is not None:
             listening(bound)
         await asyncio.get_running_loop().create_future()
@@ -153,6 +213,7 @@ class _Cache:
     turns: asyncio.Semaphore
     """First come, first served, as asyncio's semaphore is."""
     stall_seconds: float
+    observer: Observer
 
     async def healthy(self, _: web.Request) -> web.Response:
         """Ready when the store's database answers."""
@@ -217,7 +278,10 @@ class _Cache:
             raise web.HTTPServiceUnavailable(text=f"the store cannot be read: {error}\n", headers=_FRESH) from error
 
     async def _send(self, info: PathInfo, request: web.Request, response: web.StreamResponse) -> None:
-        """Send exactly ``nar_size`` bytes, or break the connection: no client may take a part for the whole."""
+        """Send exactly ``nar_size`` bytes, or break the connection: no client may take a part for the whole.
+
+        Raises _BrokenOff then, and HTTPInternalServerError where nothing has been sent yet.
+        """
         try:
             async with aclosing(self._pieces(info)) as pieces:
                 async for piece in pieces:
@@ -225,16 +289,20 @@ class _Cache:
                         await response.prepare(request)
                     async with asyncio.timeout(self.stall_seconds):
                         await response.write(piece)
+                    self.observer.sent(len(piece))
         except nar.NarUnreadable as error:
             _log.error("cannot serve %s: %s", info.path, error)
             if not response.prepared:
                 raise web.HTTPInternalServerError(text=f"{error}\n", headers=_FRESH) from error
             _break(request)
+            raise _BrokenOff(response, web.HTTPInternalServerError.status_code) from error
         except TimeoutError:
             _log.warning("%s took nothing of %s for %g s", request.remote, info.path, self.stall_seconds)
             _break(request)
+            raise _BrokenOff(response, web.HTTPRequestTimeout.status_code) from None
         except ConnectionError:
             _log.debug("%s went away from %s", request.remote, info.path)
+            raise _BrokenOff(response, _CLIENT_LEFT) from None
 
     async def _pieces(self, info: PathInfo) -> AsyncGenerator[bytes, None]:
         """The NAR of *info*, read in worker threads one piece ahead of what the client has taken.

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cknix_csi.api.closure import PathInfo
-from cknix_csi.api.errors import CknixError, Code
+from cknix_csi.api.errors import CknixError
+from cknix_csi.api.situations import Situation
 from cknix_csi.nix.cache import base32
 
 _NAME = re.compile(r"[^\s:]+")  # trusted-public-keys is split at white space, a key at its first colon
@@ -26,8 +27,7 @@ _SECRET = 64
 class InvalidKey(CknixError, ValueError):
     """Text that is not a signing key.  The message never holds the key."""
 
-    code = Code.FAILED_PRECONDITION
-    reason = "InvalidSigningKey"
+    situation = Situation.INVALID_SIGNING_KEY
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from ..image import recipe
-from ..image.build import PROJECT, build_busybox_image, build_image, build_pause_image
+from ..image.build import PROJECT, build_busybox_image, build_image, build_pause_image, build_provisioner_image
 from .cache import progress
 from .cluster import Cluster
 from .command import CommandFailed
@@ -72,7 +72,9 @@ def main() -> int:
 def standard_images(*, ours: bool = True) -> list[Path]:
     """The images that a cluster starts with."""
     images = [build_pause_image(), build_busybox_image()]
-    return [*images, build_image(recipe.REFERENCE, *names_in_manifests())] if ours else images
+    if not ours:
+        return images
+    return [*images, build_provisioner_image(), build_image(recipe.REFERENCE, *names_in_manifests())]
 
 
 def names_in_manifests() -> list[str]:

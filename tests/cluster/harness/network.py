@@ -7,7 +7,9 @@ address of the outside world.
 
 from __future__ import annotations
 
-from .command import run
+import contextlib
+
+from .command import CommandFailed, run
 from .namespaces import Machine
 
 POD_NETWORK = "10.244.0.0/16"
@@ -30,26 +32,37 @@ def pod_network(index: int) -> str:
 
 def connect(machines: list[Machine]) -> None:
     """Give every machine its address and the routes to the others' pods."""
-    first, *others = machines
-    ip(first, f"link add {BRIDGE} type bridge", f"link set {BRIDGE} up")
-    for index, machine in enumerate(others, start=1):
+    ip(machines[0], f"link add {BRIDGE} type bridge", f"link set {BRIDGE} up")
+    for index in range(len(machines)):
+        join(machines, index)
+
+
+def join(machines: list[Machine], index: int) -> None:
+    """Connect one machine, which is new, to the first one's bridge."""
+    first, machine = machines[0], machines[index]
+    if machine is not first:
         link = f"node{index}"
         ip(
             first,
             f"link add {link} type veth peer name {BRIDGE} netns {machine.pid}",
             f"link set {link} master {BRIDGE} up",
         )
-    for index, machine in enumerate(machines):
-        peers = [peer for peer in range(len(machines)) if peer != index]
-        ip(
-            machine,
-            "link set lo up",
-            f"link set {BRIDGE} up",
-            f"address add {node_address(index)}/24 dev {BRIDGE}",
-            f"route add {SERVICE_NETWORK} dev {BRIDGE}",  # only a way out: kube-proxy rewrites what goes there
-            "route add unreachable default",
-            *(f"route add {pod_network(peer)} via {node_address(peer)}" for peer in peers),
-        )
+    peers = [peer for peer in range(len(machines)) if peer != index]
+    ip(
+        machine,
+        "link set lo up",
+        f"link set {BRIDGE} up",
+        f"address add {node_address(index)}/24 dev {BRIDGE}",
+        f"route add {SERVICE_NETWORK} dev {BRIDGE}",  # only a way out: kube-proxy rewrites what goes there
+        "route add unreachable default",
+        *(f"route add {pod_network(peer)} via {node_address(peer)}" for peer in peers),
+    )
+
+
+def part(first: Machine, index: int) -> None:
+    """Remove what is left at the first machine of the link to one that has ended."""
+    with contextlib.suppress(CommandFailed):  # the kernel removes it too, a moment after the other end
+        ip(first, f"link delete node{index}")
 
 
 def ip(machine: Machine, *commands: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import cgroups
-from .command import Argument
+from .command import Argument, run
 from .components import CNI, PAUSE, RUNC, program_path
 from .credentials import Credentials
 from .namespaces import Machine, Process
@@ -73,8 +73,21 @@ Program = Sequence[str]
 class Node:
     """A node.  What tests use is `exec`, `path`, `mountinfo`, and `start`, `kill`, `restart` of its programs."""
 
-    def __init__(self, cluster: str, index: int, directory: Path) -> None:
+    def __init__(
+        self,
+        cluster: str,
+        index: int,
+        directory: Path,
+        *,
+        disks: Mapping[str, int] | None = None,
+        kubelet: Mapping[str, object] | None = None,
+    ) -> None:
+        """*disks*: directories below /var/lib that are file systems of their own, and their sizes in MiB; *kubelet*:
+        settings of kubelet beside, or instead of, those that every node has.
+        """
         self.index = index
+        self._disks = disks or {}
+        self._kubelet = kubelet or {}
         self.name = f"node-{index}"
         self.address = node_address(index)
         self.directory = directory / self.name
@@ -102,6 +115,14 @@ class Node:
     def path(self, inside: str) -> Path:
         """A file below the node's /var/lib or /var/log as the test sees it, without what is mounted there."""
         return self.directory / "root" / inside.lstrip("/")
+
+    def inside(self, path: str) -> Path:
+        """A file as the node sees it, with all that is mounted there; while the node runs."""
+        return Path(f"/proc/{self.pid}/root") / path.lstrip("/")
+
+    def pod_processes(self, uid: str) -> set[int]:
+        """Ids, as the test sees them, of the processes of the pod with that *uid*, its sandbox's among them."""
+        return cgroups.processes(self._cgroup, f"pod{uid}")
 
     def mountinfo(self) -> str:
         """The node's mount table."""
@@ -138,13 +159,19 @@ class Node:
         self.restart("kubelet")
 
     def boot(self) -> None:
-        """Make the node's namespaces and mounts; it has no network yet."""
+        """Make the node's namespaces and mounts, for the first time or again; it has no network yet."""
         for directory in OWN_DIRECTORIES:
-            self.path(directory).mkdir(parents=True)
-        self._logs.mkdir()
+            self.path(directory).mkdir(parents=True, exist_ok=True)
+        self._logs.mkdir(exist_ok=True)
+        cgroups.remove(self._cgroup)
         cgroups.create(self._cgroup)
         self._machine = Machine(PAUSE.programs / "pause", self.log("init"))
         self._mount()
+
+    def discard(self, directory: str) -> None:
+        """Throw away what is on a disk of its own, while the node is off; the next boot finds an empty one."""
+        assert self._machine is None, f"{self.name} is running"
+        self._disk(directory).unlink()
 
     def launch(self, program: Program) -> None:
         """Start a program on the node and remember it by its name."""
@@ -155,7 +182,7 @@ class Node:
     def start_runtime(self) -> None:
         """Start containerd, with the network that its pods will be on; returns when it answers."""
         network = self.path(CNI_CONFIG)
-        network.mkdir(parents=True)
+        network.mkdir(parents=True, exist_ok=True)
         (network / "10-pods.conflist").write_text(json.dumps(pod_network_config(self.index)))
         for setting in ("net/ipv4/ip_forward", "net/bridge/bridge-nf-call-iptables"):
             self.exec(["tee", f"/proc/sys/{setting}"], stdin="1")
@@ -177,7 +204,7 @@ class Node:
     def start_agents(self, credentials: Credentials) -> None:
         """Start kubelet and kube-proxy, which need the API server."""
         config = self.directory / "kubelet.json"
-        config.write_text(json.dumps(kubelet_config(credentials.authority, self._cgroup)))
+        config.write_text(json.dumps({**kubelet_config(credentials.authority, self._cgroup), **self._kubelet}))
         kubelet: Program = (
             "kubelet",
             f"--config={config}",
@@ -222,6 +249,8 @@ class Node:
         self.machine.run(["mount", "-t", "proc", "proc", "/proc"])
         for directory in OWN_DIRECTORIES:
             self.machine.run(["mount", "--bind", self.path(directory), directory])
+        for directory, mebibytes in self._disks.items():
+            self._mount_disk(directory, mebibytes)
         self.machine.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run"])
         # A pod with a user namespace may only mount /proc where a whole one can be seen already.
         self.machine.run(["mkdir", "-p", "/run/cknix-test/proc"])
@@ -233,6 +262,18 @@ class Node:
             self.machine.run(["mount", "--bind", setting, Path("/proc/sys") / name])
         self.machine.run(["hostname", self.name])
         self.machine.run(["mount", "--make-rshared", "/"])
+
+    def _mount_disk(self, directory: str, mebibytes: int) -> None:
+        image = self._disk(directory)
+        if not image.exists():
+            with image.open("wb") as file:
+                file.truncate(mebibytes << 20)
+            run(["mkfs.ext4", "-q", "-F", image])
+            self.path(directory).mkdir(parents=True, exist_ok=True)
+        self.machine.run(["mount", "-o", "loop", image, directory])
+
+    def _disk(self, directory: str) -> Path:
+        return self.directory / f"disk-{Path(directory).name}"
 
 
 def environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Building the images: ours, and the two small ones that tests need."""
+"""Building the images: ours, and the small ones that tests and manifests need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..harness.cache import cache_root, exclusive, progress
 from ..harness.command import run
-from ..harness.components import PAUSE
+from ..harness.components import CSI_PROVISIONER, PAUSE
 from ..harness.node import PAUSE_IMAGE
 from . import recipe
 from .archive import Layer, LayerWriter, write_archive
@@ -18,6 +18,7 @@ from .layers import application_layer, debian_layer, dependencies_layer
 PROJECT = Path(__file__).resolve().parents[3]
 BUSYBOX_IMAGE = "docker.io/library/busybox:1.37"
 ANY_IMAGE = "docker.io/library/ubuntu:24.04"  # what an example says for "an image of yours"; here it is busybox too
+PROVISIONER_IMAGE = f"registry.k8s.io/sig-storage/csi-provisioner:v{CSI_PROVISIONER.version}"
 KEPT_BUILDS = 2  # a running test may still be reading the one before the last
 
 
@@ -53,6 +54,18 @@ def build_pause_image() -> Path:
         with tarfile.open(layer, "w") as tar:
             LayerWriter(tar).file("/pause", (PAUSE.programs / "pause").read_bytes(), mode=0o755)
         return write_archive(images() / "pause.tar", [PAUSE_IMAGE], [Layer(layer)], {"Entrypoint": ["/pause"]})
+
+
+def build_provisioner_image() -> Path:
+    """Upstream's external-provisioner, by the name that upstream's image has."""
+    CSI_PROVISIONER.build()
+    program = (CSI_PROVISIONER.programs / "csi-provisioner").read_bytes()
+    with tempfile.TemporaryDirectory(prefix="cknix-image-") as scratch:
+        layer = Path(scratch) / "layer.tar"
+        with tarfile.open(layer, "w") as tar:
+            LayerWriter(tar).file("/csi-provisioner", program, mode=0o755)
+        config = {"Entrypoint": ["/csi-provisioner"]}
+        return write_archive(images() / "csi-provisioner.tar", [PROVISIONER_IMAGE], [Layer(layer)], config)
 
 
 def build_busybox_image() -> Path:

@@ -1,0 +1,1 @@
+"""What monitoring asks: metrics by Prometheus' conventions, and whether the process lives and is ready."""
