@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv/bin
 DEMO ?= hello
 
-.PHONY: help demo test lint format cluster bench clean
+.PHONY: help demo test lint format cluster chaos bench clean
 
 help:
 	@echo "make demo      build yaml/test/expression.yaml and run it on this machine (root; no cluster needed)"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint      ruff, mypy, import contracts, generated code is current"
 	@echo "make format    apply ruff's formatting"
 	@echo "make cluster   a two-node Kubernetes in namespaces with cknix installed, and a shell with kubectl"
+	@echo "make chaos     what becomes of volumes when parts of a cluster fail (root; an hour; CHAOS=--short: 10 minutes)"
 	@echo "make bench     what volumes cost, against what peers do (root; 10 minutes; BENCH=--quick: one)"
 	@echo "make clean     remove the virtual environment and caches"
 
@@ -41,6 +42,10 @@ format:
 cluster:
 	@.ci/setup test
 	@$(VENV)/python -m tests.cluster.harness shell
+
+chaos:
+	@.ci/setup test
+	@$(VENV)/python -m tests.chaos $(CHAOS)
 
 bench:
 	@.ci/setup bench
