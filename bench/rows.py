@@ -143,9 +143,10 @@ async def closures(bench: Bench) -> None:
         for number, root in enumerate(others):
             new.append(await pods.publish(daemon, f"other-{number}", root))
             bench.progress.detail(row, number / len(others))
+        beside = await _probe(pods, daemon, case.root, probes)
     async with running(pods.data, case.store) as daemon:
         reconciled = daemon.reconciled
-        beside = await _probe(pods, daemon, case.root, probes)
+        restarted = await _probe(pods, daemon, case.root, probes)
         for number in range(len(others)):
             await pods.unpublish(daemon, f"other-{number}")
         await pods.unpublish(daemon, "known")
@@ -154,6 +155,7 @@ async def closures(bench: Bench) -> None:
     bench.results.add(row, closure, "publish of each, median", median(new) * MS, "ms")
     bench.results.add(row, closure, "known closure, alone", median(alone) * MS, "ms")
     bench.results.add(row, closure, "known closure, beside them", median(beside) * MS, "ms")
+    bench.results.add(row, closure, "known closure, beside them, after a restart", median(restarted) * MS, "ms")
     ratio = median(beside) / median(alone)
     bench.results.add(row, closure, "known closure, beside / alone", ratio, "x", target=1.25)
 

@@ -222,6 +222,17 @@ class Controller:
         roots = GcRoots(Store.chroot(self._directory / "root"), "expressions")
         return {name: str(path) for name, path in roots.list().items()}
 
+    async def keeps_only(self, *paths: str) -> None:
+        """Wait until the GC roots are of *paths*: what goes goes after the status has been written."""
+
+        async def kept() -> bool:
+            return sorted(self.roots().values()) == sorted(paths)
+
+        async def seen() -> Any:
+            return self.roots()
+
+        await eventually(kept, seen)
+
     def add_root(self, name: str, path: Any) -> None:
         GcRoots(Store.chroot(self._directory / "root"), "expressions").add(name, path)
 

@@ -40,7 +40,6 @@ def play(cluster: Cluster, scenario: Scenario, *, short: bool) -> Outcome:
     stage = Stage(cluster, short=short)
 
     def setting() -> None:
-        stage.well()
         stage.start_bystanders()
 
     def fault() -> None:
@@ -53,8 +52,8 @@ def play(cluster: Cluster, scenario: Scenario, *, short: bool) -> Outcome:
             stage.before.require_untouched()
 
     def new_pod() -> None:
-        stage.well()
         new_pods(stage)
+        stage.well()
 
     def nothing_left() -> None:
         stage.clear()

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from tests.chaos import expressions, leaks, workload
+from tests.chaos import expressions, workload
 from tests.chaos.bystanders import Bystanders
+from tests.chaos.parts import CONTROLLER, DAEMON, parts, process
 from tests.chaos.workload import Pod
 from tests.cluster import driver
 from tests.cluster.harness import Cluster, CommandFailed
@@ -19,6 +20,7 @@ from tests.cluster.harness.node import Node
 
 T = TypeVar("T")
 POLL = 0.0005
+STEADY = "steady"
 
 
 class Stage:
@@ -85,6 +87,8 @@ class Stage:
 
     def delete(self, pods: Sequence[Pod], *, wait: bool = True, timeout: float = 90) -> None:
         workload.delete(self.cluster, pods, timeout, wait=wait)
+        if wait:
+            self.forget(pods)
 
     def forget(self, pods: Sequence[Pod]) -> None:
         """*pods* are deleted, or about to be."""
@@ -102,7 +106,9 @@ class Stage:
 
     def start_bystanders(self) -> None:
         """Start `before`, pods of a closure of their own."""
-        pods = Bystanders(self.cluster, self.built("steady"))
+        self.apply(expressions.program(STEADY), STEADY)
+        self._expressions[STEADY] = driver.built(self.cluster, STEADY)
+        pods = Bystanders(self.cluster, STEADY)
         self.pods.update({pod.name: pod for pod in pods.pods})
         pods.start()
         self._before = pods
@@ -116,7 +122,6 @@ class Stage:
     def clear(self) -> None:
         """Delete all pods and Expressions; returns when they have gone."""
         self.delete(list(self.pods.values()), timeout=120)
-        self.pods.clear()
         if self._expressions:
             self.cluster.kubectl("delete", "expr", "--ignore-not-found", *self._expressions, timeout=120)
         self._expressions.clear()
@@ -125,13 +130,11 @@ class Stage:
 
     def daemon(self, node: Node | None = None) -> int:
         """The node daemon, as a process; raises `CommandFailed` while none runs."""
-        node = node or self.victim
-        return leaks.process_of(self.cluster, node, driver.daemon_pod(self.cluster, node))
+        return process(parts(self.cluster), DAEMON, node or self.victim)
 
     def controller(self) -> int:
         """The controller, as a process."""
-        pod = driver.controller_pod(self.cluster)
-        return leaks.process_of(self.cluster, driver.node_of(self.cluster, pod, driver.SYSTEM), pod)
+        return process(parts(self.cluster), CONTROLLER)
 
     def kill(self, pid: int) -> None:
         """End a process at once; returns when it has gone, with all that was in its PID namespace."""

@@ -131,6 +131,7 @@ def test_what_was_used_least_recently_goes_first_until_there_is_room(room: Room,
     on_small_disk(room.env.root, kind, 64, body)
 
 
+@pytest.mark.one_nix
 async def test_enough_room_is_left_alone(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf = Shelf.fill(room, 1000)
     before = shelf.there()
@@ -141,6 +142,7 @@ async def test_enough_room_is_left_alone(room: Room, monkeypatch: pytest.MonkeyP
     assert not (room.env.directory / "calls").exists(), "no process is spent on it"
 
 
+@pytest.mark.one_nix
 async def test_a_store_that_is_not_there_yet_has_no_garbage(room: Room) -> None:
     collector = Collector(room.store, room.env.directory / "home", FAST)
     assert (await collector.collect(EVERYTHING, [])).paths == 0
@@ -192,6 +194,7 @@ class LateCollector(Collector):
         return self.seen
 
 
+@pytest.mark.one_nix
 def test_space_that_shows_up_late_costs_no_closure(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         shelf = Shelf.fill(room)
@@ -216,6 +219,7 @@ async def test_what_nobody_has_registered_is_left_alone(room: Room) -> None:
     assert lock.exists()
 
 
+@pytest.mark.one_nix
 async def test_what_a_view_shows_stays_though_the_database_has_lost_it(room: Room) -> None:
     shelf = Shelf.fill(room, 1000)
     shown = shelf.paths["C"]
@@ -230,6 +234,7 @@ async def test_what_a_view_shows_stays_though_the_database_has_lost_it(room: Roo
     assert os.path.lexists(room.env.physical(str(shelf.paths["A"]))), "what is not registered is left alone"
 
 
+@pytest.mark.one_nix
 async def test_nothing_goes_while_nobody_can_say_what_a_view_shows(room: Room) -> None:
     shelf = Shelf.fill(room, 1000)
     before = shelf.there()
@@ -309,6 +314,7 @@ async def test_what_comes_into_use_meanwhile_stays_and_the_rest_goes(
     shelf.require_sound()
 
 
+@pytest.mark.one_nix
 async def test_one_path_that_comes_into_use_keeps_none_of_those_that_go_with_it(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +328,7 @@ async def test_one_path_that_comes_into_use_keeps_none_of_those_that_go_with_it(
     assert collected.paths == 6
 
 
+@pytest.mark.one_nix
 async def test_no_command_deletes_more_than_its_pace_allows(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = fill(room.env, {"all": [f"p{n}" for n in range(11)]}, {f"p{n}": 100 for n in range(11)})
     wrap(room.env, monkeypatch, '[ $1 = --delete ] && echo $(($# - 6)) >> $directory/deletions; exec $real "$@"')
@@ -401,6 +408,7 @@ async def test_what_is_taken_into_use_while_an_administrator_collects_stays_or_i
         room.env.run("nix-store", "--gc")
 
 
+@pytest.mark.one_nix
 async def test_a_closure_that_is_wanted_during_a_big_collection_does_not_wait_for_it(room: Room) -> None:
     count = 1500
     expression = f"map (n: builtins.toFile (toString n) (toString n)) (builtins.genList (n: n) {count})"
@@ -436,6 +444,7 @@ async def test_a_closure_that_is_wanted_during_a_big_collection_does_not_wait_fo
     assert waits[-1] < took / 2
 
 
+@pytest.mark.one_nix
 async def test_a_collection_that_is_cancelled_leaves_no_process_and_a_sound_store(room: Room) -> None:
     expression = "map (n: builtins.toFile (toString n) (toString n)) (builtins.genList (n: n) 600)"
     room.env.run("nix-instantiate", "--eval", "--strict", "--read-write-mode", "--expr", expression)
@@ -506,6 +515,7 @@ async def test_what_a_view_shows_stays_though_all_roots_are_removed_in_the_middl
 # -- when Nix itself fails
 
 
+@pytest.mark.one_nix
 async def test_an_error_of_nix_is_said(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf = Shelf.fill(room, 1000)
     wrap(
@@ -520,6 +530,7 @@ async def test_an_error_of_nix_is_said(room: Room, monkeypatch: pytest.MonkeyPat
         await shelf.collector.collect(EVERYTHING, shelf.order)
 
 
+@pytest.mark.one_nix
 async def test_a_command_that_hangs_is_ended(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf = Shelf.fill(room, 1000)
     wrap(room.env, monkeypatch, "exec sleep 1000")

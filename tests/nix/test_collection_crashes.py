@@ -149,6 +149,7 @@ def test_a_process_killed_before_any_step_of_making_room_is_followed_by_one_that
     assert point > 20
 
 
+@pytest.mark.one_nix
 def test_a_process_killed_in_the_middle_of_any_command_is_followed_by_one_that_finishes(node: Node) -> None:
     """The commands are shared out among the versions of Nix."""
     series = [suite.series for suite in nixes.selected()]

@@ -174,6 +174,7 @@ async def test_a_closure_that_a_volume_has_is_not_looked_for_on_disk(node: Node)
     assert not await node.fetcher.is_valid(node.source.result)
 
 
+@pytest.mark.one_nix
 async def test_what_a_volume_shows_and_has_lost_is_fetched_when_it_is_asked_for(node: Node) -> None:
     await node.show(node.source.result)
     node.lose(node.source.library)
@@ -235,6 +236,7 @@ async def test_what_cannot_be_fetched_again_is_told_and_later_it_can(
     await node.require_whole(result)
 
 
+@pytest.mark.one_nix
 async def test_a_failed_fetch_leaves_nixs_words_in_the_log(node: Node, caplog: pytest.LogCaptureFixture) -> None:
     nobody = StorePath("0" * 32, "nobody-has-this")
     with caplog.at_level(logging.WARNING), pytest.raises(NotFound):
@@ -335,6 +337,7 @@ async def test_the_lost_database_is_kept_aside_for_who_wants_to_look(
     assert str(aside) in caplog.text
 
 
+@pytest.mark.one_nix
 async def test_rows_that_are_lost_come_back_before_anything_is_fetched(node: Node) -> None:
     """As after an administrator put an older copy of the database in place."""
     old = (node.store.state / "db/db.sqlite").read_bytes()

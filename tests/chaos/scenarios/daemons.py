@@ -6,8 +6,9 @@ import os
 import random
 import time
 
-from tests.chaos import cache, expressions, leaks
+from tests.chaos import cache, expressions
 from tests.chaos.leaks import DATA_ROOT
+from tests.chaos.parts import helpers, parts
 from tests.chaos.scenario import scenario
 from tests.chaos.stage import Stage
 from tests.chaos.workload import Pod
@@ -52,7 +53,7 @@ def fetches(stage: Stage) -> bool:
     store = stage.victim.inside(DATA_ROOT) / "nix/store"
     locks = [name for name in os.listdir(store) if name.endswith(".lock")]
     begun = any((store / name.removesuffix(".lock")).exists() for name in locks)
-    return begun and bool(leaks.helpers(stage.cluster, stage.victim))
+    return begun and bool(helpers(parts(stage.cluster), stage.victim))
 
 
 @scenario("daemon-killed-building-a-view")
