@@ -87,6 +87,12 @@ class BuildFailed(CknixError):
     situation = Situation.BUILD_FAILED
 
 
+class BuildKilled(CknixError):
+    """A builder was ended by SIGKILL, which says nothing about what it was building."""
+
+    situation = Situation.BUILD_KILLED
+
+
 class DeadlineExceeded(CknixError):
     """An evaluation, build or fetch ran longer than its setting allows and was stopped."""
 

@@ -306,6 +306,11 @@ class Situation(enum.Enum):
         "a derivation did not build",
         "correct the Expression; the message holds the end of the build's log",
     )
+    BUILD_KILLED = (
+        "BuildKilled", Code.UNAVAILABLE, Told.EXPRESSION | Told.LOG,
+        "the kernel or somebody killed a build, most often for want of memory",
+        "give the controller more memory, or less to build at once (`CKNIX_MAX_BUILDS`); it is tried again by itself",
+    )
     DEADLINE_EXCEEDED = (
         "DeadlineExceeded", Code.FAILED_PRECONDITION, Told.POD | Told.EXPRESSION | Told.LOG,
         "work ran longer than its setting allows, and was stopped",

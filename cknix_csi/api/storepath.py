@@ -8,6 +8,7 @@ begin with ``.-`` or ``..-``; so do we, since such a name would never be created
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cknix_csi.api.errors import CknixError
@@ -20,6 +21,8 @@ PATTERN = r"/nix/store/[0-9a-df-np-sv-z]{32}-[0-9A-Za-z+\-._?=]{1,211}"
 """The same grammar as in the CRD's schema (there anchored with ^ and $)."""
 
 _PATH = re.compile(rf"{STORE_DIR}/(?P<hash>[0-9a-df-np-sv-z]{{32}})-(?P<name>[0-9A-Za-z+\-._?=]{{1,211}})")
+_PATHS = re.compile(rf"(?:{STORE_DIR}/[0-9a-df-np-sv-z]{{32}}-(?!\.)[0-9A-Za-z+\-._?=]{{1,211}}\n)*")
+"""Any number of lines that need no second look."""
 _MAX_SHOWN = 300
 _DOT_NAME = re.compile(r"\.{1,2}(-.*)?")
 
@@ -44,6 +47,16 @@ class StorePath:
         if match is None or _DOT_NAME.fullmatch(match["name"]):
             raise InvalidStorePath(f"{_shown(text)!r} is not a store path: {_why_not(text)}")
         return cls(match["hash"], match["name"])
+
+    @classmethod
+    def parse_all(cls, texts: Sequence[str]) -> list[StorePath]:
+        """Parse each of *texts*, faster than one by one.  Raises :class:`InvalidStorePath`."""
+        lines = "".join(f"{text}\n" for text in texts)
+        if lines.count("\n") != len(texts) or not _PATHS.fullmatch(lines):
+            return [cls.parse(text) for text in texts]
+        digest = len(STORE_DIR) + 1
+        name = digest + HASH_LENGTH + 1
+        return [cls(text[digest : name - 1], text[name:]) for text in texts]
 
     @classmethod
     def from_basename(cls, text: str) -> StorePath:

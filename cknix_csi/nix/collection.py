@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 _MAX_ERROR_CHARACTERS = 500
 _TRIES = 3
-_STRANGER = "reading symlink: File name too long"
+_STRANGER = "symlink: File name too long"
 """Nix looks at the open files of all processes, and fails when one of them has a path that is too long for it."""
 _STRANGER_SECONDS = 2.0
 # Nix keeps 8 MiB for the day on which a collection finds the disk full.  It would first fill them again, and then not

@@ -51,19 +51,14 @@ _SIZE_SINCE = """
     SELECT ifnull(sum(v.narSize), 0) FROM closure c JOIN ValidPaths v ON v.id = c.id WHERE v.id > ?
 """
 
-# Run with a new database as "main" and the store's as "node".
+_WANTED = """
+    CREATE TEMP TABLE Wanted (new integer primary key, path text not null);
+    CREATE TEMP TABLE Members (new integer primary key, old integer unique not null);
+"""
+# Run with a new database as "main", the store's as "node", and the closure's paths, in order, in Wanted.
 _COPY = (
     """
-    CREATE TEMP TABLE Members (new integer primary key, old integer unique not null)
-    """,
-    """
-    INSERT INTO Members (old)
-    WITH RECURSIVE closure(id) AS (
-        SELECT id FROM node.ValidPaths WHERE path = :root
-        UNION
-        SELECT r.reference FROM node.Refs r JOIN closure c ON r.referrer = c.id
-    )
-    SELECT v.id FROM closure c JOIN node.ValidPaths v ON v.id = c.id ORDER BY v.path
+    INSERT INTO Members (new, old) SELECT w.new, v.id FROM Wanted w JOIN node.ValidPaths v ON v.path = w.path
     """,
     """
     INSERT INTO main.ValidPaths (id, path, hash, registrationTime, deriver, narSize, ultimate, sigs, ca)
@@ -157,7 +152,8 @@ def query_closure(store: Store, root: StorePath) -> Closure:
         rows = [] if database is None else database.execute(_CLOSURE, (str(root),)).fetchall()
     if not rows:
         raise PathNotValid(store, root)
-    return Closure(root, tuple(Member(StorePath.parse(path), size or 0) for path, size in rows))
+    paths = StorePath.parse_all([path for path, _ in rows])
+    return Closure(root, tuple(Member(path, size or 0) for path, (_, size) in zip(paths, rows, strict=True)))
 
 
 def newest(store: Store) -> int:
@@ -290,7 +286,7 @@ def write_database(store: Store, closure: Closure, directory: Path) -> None:
     if not _has_database(store):
         raise PathNotValid(store, closure.root)
     try:
-        copied = _copy(store, closure.root, target)
+        copied = _copy(store, closure, target)
     except sqlite3.Error as error:
         query_closure(store, closure.root)  # raises when it is the store's that cannot be read
         if getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY"):  # by now it can, but not then
@@ -302,15 +298,17 @@ def write_database(store: Store, closure: Closure, directory: Path) -> None:
     (directory / "schema").write_text(SCHEMA_VERSION)
 
 
-def _copy(store: Store, root: StorePath, target: Path) -> int:
-    """Returns the number of paths."""
+def _copy(store: Store, closure: Closure, target: Path) -> int:
+    """Returns the number of paths that the store still has."""
     with closing(_connect(f"file:{quote(str(target))}")) as database:
         for setting in ("main.journal_mode = OFF", "main.synchronous = OFF", "temp_store = MEMORY"):
             database.execute(f"PRAGMA {setting}")
         database.execute("ATTACH ? AS node", (_uri(store, "rw"),))
-        database.executescript(f"BEGIN; {_SCHEMA}")
+        database.executescript(f"BEGIN; {_SCHEMA}; {_WANTED}")
+        paths = sorted(str(member.path) for member in closure.paths)
+        database.executemany("INSERT INTO Wanted (path) VALUES (?)", ((path,) for path in paths))
         for statement in _COPY:
-            database.execute(statement, {"root": str(root)})
+            database.execute(statement)
         [(copied,)] = database.execute("SELECT count(*) FROM Members")
         database.execute("COMMIT")
         return int(copied)

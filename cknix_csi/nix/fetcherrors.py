@@ -33,6 +33,7 @@ _UNREACHABLE = (_DOWNLOAD, "does not exist in binary cache")
 _LEFT_OUT = " cannot be downloaded, ignoring"
 _GONE_COLLECTOR = re.compile("cannot connect to socket at '.*/gc-socket/socket'")
 _COLLECTED = ("' is not valid", "' is not a valid path", "Assertion `worker.store.isValidPath(")
+_KILLED = "failed due to signal 9 "
 _RETRYING = "; retrying in"
 _ANSWERED = re.compile("HTTP error [1-9]|unable to download 'file:")
 
@@ -51,6 +52,11 @@ def unreachable(errors: Sequence[str], warnings: Sequence[str]) -> str:
     said = [message for message in (*warnings, *errors) if _RETRYING not in message and not _ANSWERED.search(message)]
     why = _with(said, _DOWNLOAD)
     return f"{_DOWNLOAD}{why.partition(_DOWNLOAD)[2]}" if why else _with(said, _LEFT_OUT).removesuffix(", ignoring")
+
+
+def killed_builder(errors: Sequence[str]) -> bool:
+    """True when a build failed because its builder was ended by SIGKILL, as the kernel does when memory is short."""
+    return any(_KILLED in message for message in errors)
 
 
 def met_collector(errors: Sequence[str]) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 
 from cknix_csi.api.errors import (
     BuildFailed,
+    BuildKilled,
     CacheUnavailable,
     CknixError,
     DeadlineExceeded,
@@ -36,7 +37,7 @@ from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
 from cknix_csi.nix import database, localflakes, process
 from cknix_csi.nix.confine import confined, contained
-from cknix_csi.nix.fetcherrors import PathCollected, fetch_error, met_collector, unreachable
+from cknix_csi.nix.fetcherrors import PathCollected, fetch_error, killed_builder, met_collector, unreachable
 from cknix_csi.nix.log import Log
 from cknix_csi.nix.readable import readable
 from cknix_csi.nix.recovery import missing, recover
@@ -122,7 +123,7 @@ class Nix:
     async def build(self, evaluation: Evaluation, *, progress: OnProgress) -> None:
         """Make the result of *evaluation* valid, and make anew what its closure lacks on disk.
 
-        Raises :class:`BuildFailed`, :class:`DeadlineExceeded`, :class:`OutOfSpace`.
+        Raises :class:`BuildFailed`, :class:`BuildKilled`, :class:`DeadlineExceeded`, :class:`OutOfSpace`.
         """
         await asyncio.to_thread(recover, self.store)
         targets = evaluation.derivations or (str(evaluation.result),)
@@ -156,7 +157,8 @@ class Nix:
             if why := unreachable(log.errors, log.warnings):
                 raise CacheUnavailable(f"{evaluation.result} is not in the store, and a substituter is away: {why}")
             raise BuildFailed(f"{evaluation.result} is not in the store and no substituter has it{_after(log.error)}")
-        raise BuildFailed(self._readable(log.failure) or f"nix-store {operation} ended with code {completed.code}")
+        said = self._readable(log.failure) or f"nix-store {operation} ended with code {completed.code}"
+        raise (BuildKilled if killed_builder(log.errors) else BuildFailed)(said)
 
     async def substitute(self, path: StorePath, caches: Sequence[CacheEndpoint], *, progress: OnProgress) -> None:
         """Fetch the closure of *path* from *caches* (and those of nix.conf), believing only their signatures.

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cknix_csi.api.errors import BuildFailed, DeadlineExceeded
+from cknix_csi.api.errors import BuildFailed, BuildKilled, DeadlineExceeded
 from cknix_csi.api.expression import Data
 from cknix_csi.api.progress import Progress
 from cknix_csi.api.storepath import StorePath
@@ -125,6 +126,15 @@ async def test_a_failure_shows_the_builders_last_lines_and_nixs_error(room: Room
     ]
     assert "-broken.drv" in message
     assert "exit code 3" in message
+
+
+async def test_a_builder_that_was_killed_is_no_failure_of_what_it_builds(room: Room) -> None:
+    marker = next(markers)
+    building = asyncio.create_task(room.build(build("killed", f"exec sleep {marker}")))
+    for pid in await until_building(f"sleep\0{marker}"):
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(BuildKilled, match=r"-killed\.drv"):
+        await building
 
 
 async def test_a_failed_dependency_is_the_one_that_is_shown(room: Room) -> None:

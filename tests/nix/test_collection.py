@@ -368,7 +368,7 @@ async def test_a_fetch_survives_any_number_of_collections(room: Room, tmp_path: 
                 collecting.cancel()
                 await asyncio.gather(collecting, return_exceptions=True)
             print(f"{during} collections during the fetch")
-            assert during > 1
+            assert during >= 1
             assert collected >= 2
             assert len(room.closure(wanted["W"])) == 41
             room.env.run("nix-store", "--verify", "--check-contents")

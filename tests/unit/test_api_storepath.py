@@ -27,6 +27,20 @@ def test_every_path_is_read_as_it_is_written(path: StorePath) -> None:
     assert StorePath.from_basename(path.basename) == path
 
 
+@given(st.lists(paths, max_size=8))
+def test_many_paths_are_read_as_one_by_one(some: list[StorePath]) -> None:
+    assert StorePath.parse_all([str(path) for path in some]) == some
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "/nix/store", f"/nix/store/{HASH}-a\n", f"/nix/store/{HASH}-a\n/nix/store/{HASH}-b"]
+)
+def test_one_bad_path_of_many_is_refused(bad: str) -> None:
+    good = f"/nix/store/{HASH}-good"
+    with pytest.raises(InvalidStorePath):
+        StorePath.parse_all([good, bad, good])
+
+
 @given(paths)
 def test_the_pattern_of_the_crd_accepts_every_path(path: StorePath) -> None:
     assert re.fullmatch(PATTERN, str(path))
