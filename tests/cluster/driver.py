@@ -133,9 +133,9 @@ def running(cluster: Cluster, name: str, timeout: float = 60) -> None:
 
 
 def printed(cluster: Cluster, name: str, timeout: float = 60) -> str:
-    """What a pod printed, once it has succeeded."""
+    """What a pod printed, which is something, once it has succeeded: its log may be whole a moment later."""
     cluster.wait(f"pod {name} succeeds", lambda: cluster.phase(name) == "Succeeded", timeout)
-    return cluster.logs(name)
+    return cluster.wait(f"what pod {name} printed can be read", lambda: cluster.logs(name))
 
 
 def in_pod(cluster: Cluster, name: str, *argv: str) -> str:
