@@ -6,6 +6,7 @@ not changed between Nix 2.8 and 2.34; any other version is refused rather than g
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
@@ -27,6 +28,9 @@ _DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 _NO_TABLES = "no such table"
 # In WAL mode SQLite makes an index beside the database even to read it: 32 KiB (sqlite.org/walformat.html).
 _FULL = {"SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"}
+
+_FILES_OF_SQLITE = 2
+"""Beside the database: -wal and -shm."""
 
 _HASH = re.compile(rf"[0-9a-df-np-sv-z]{{{HASH_LENGTH}}}")
 
@@ -383,13 +387,19 @@ def _opened(store: Store, mode: str) -> Iterator[sqlite3.Connection]:
             yield database
     except sqlite3.Error as error:
         kind = getattr(error, "sqlite_errorname", "")
-        if kind in _FULL:
+        if kind in _FULL or (kind == "SQLITE_CANTOPEN" and _lacks_inodes(store)):
             raise OutOfSpace(
                 f"the file system of the store {store.physical} is full, so that not even its database can be read "
                 f"({error}); free space there"
             ) from error
         damaged = kind.startswith(_DAMAGED) or _NO_TABLES in str(error) or not store.database.exists()
         raise (DatabaseDamaged if damaged else DatabaseUnreadable)(_unreadable(store, str(error))) from error
+
+
+def _lacks_inodes(store: Store) -> bool:
+    """True where SQLite may not be able to make the files that it wants beside the database."""
+    state = os.statvfs(store.database.parent)
+    return state.f_files > 0 and state.f_ffree < _FILES_OF_SQLITE
 
 
 def _connect(uri: str) -> sqlite3.Connection:

@@ -144,7 +144,9 @@ async def test_room_that_the_marks_call_enough_and_that_is_not_is_made_larger(
     state = os.statvfs(whole.namespace.see(whole.data))
     whole.namespace.run("sh", "-c", f"mkdir {taken}; cd {taken}; seq {state.f_ffree - 12} | xargs touch")
     codes = await retried(whole, "new", source.wide)
-    assert set(codes) == {"RESOURCE_EXHAUSTED"}
+    # A database that could not be opened, and by the time that this was looked into could have been, is UNAVAILABLE.
+    assert "RESOURCE_EXHAUSTED" in codes
+    assert set(codes) <= {"RESOURCE_EXHAUSTED", "UNAVAILABLE"}
     await at_rest(whole)
     require_exactly(whole.shown("new"), source, source.wide)
     assert not there(whole, source, big["Many"])
