@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv/bin
 DEMO ?= hello
 
-.PHONY: help demo test lint format cluster chaos bench clean
+.PHONY: help demo test lint format cluster chaos e2e bench clean
 
 help:
 	@echo "make demo      build yaml/test/expression.yaml and run it on this machine (root; no cluster needed)"
@@ -15,6 +15,7 @@ help:
 	@echo "make format    apply ruff's formatting"
 	@echo "make cluster   a two-node Kubernetes in namespaces with cknix installed, and a shell with kubectl"
 	@echo "make chaos     what becomes of volumes when parts of a cluster fail (root; an hour; CHAOS=--short: 10 minutes)"
+	@echo "make e2e       Kubernetes' own tests of storage drivers (root; 7 minutes; E2E=--short: 3)"
 	@echo "make bench     what volumes cost, against what peers do (root; 10 minutes; BENCH=--quick: one)"
 	@echo "make clean     remove the virtual environment and caches"
 
@@ -46,6 +47,10 @@ cluster:
 chaos:
 	@.ci/setup test
 	@$(VENV)/python -m tests.chaos $(CHAOS)
+
+e2e:
+	@.ci/setup test
+	@$(VENV)/python -m tests.e2e $(E2E)
 
 bench:
 	@.ci/setup bench

@@ -163,10 +163,10 @@ def test_every_field_of_an_expression_is_explained_with_its_default() -> None:
 
 def test_make_targets_that_are_named_exist() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    named = {word for page in PAGES for code in _code(page) for word in re.findall(r"^make ([a-z]+)", code)}
+    targets = set(re.findall(r"^([a-z0-9]+):", makefile, re.MULTILINE))
+    named = {word for page in PAGES for code in _code(page) for word in re.findall(r"^make ([a-z0-9]+)", code)}
     assert {"demo", "test", "cluster"} <= named <= targets
-    helped = set(re.findall(r'echo "make ([a-z]+)', makefile))
+    helped = set(re.findall(r'echo "make ([a-z0-9]+)', makefile))
     assert helped == targets - {"help"}
 
 

@@ -79,6 +79,27 @@ class GoModule:
 
 
 @dataclass(frozen=True)
+class GoRequired:
+    """Programs of what a module of this tree requires: names, and packages; of a package's tests if `….test`."""
+
+    directory: Path
+    packages: tuple[tuple[str, str], ...]
+    ldflags: str = ""
+
+    @property
+    def sources(self) -> Sequence[Path]:
+        return sorted(path for path in self.directory.iterdir() if path.suffix in {".mod", ".sum"})
+
+    def build(self, programs: Path, log: Path) -> None:
+        for name, package in self.packages:
+            arguments = ("-o", str(programs / name), package)
+            # Without vet: it would look at all two thousand packages.
+            command, flags = ("test", ("-c", "-vet=off")) if name.endswith(".test") else ("build", ())
+            environment = {"CGO_ENABLED": "0"}
+            go(command, *flags, *arguments, log=log, ldflags=self.ldflags, cwd=self.directory, env=environment)
+
+
+@dataclass(frozen=True)
 class StaticC:
     """One C file, linked statically: it runs in an image that holds nothing else."""
 
@@ -178,6 +199,21 @@ CSI_PROVISIONER = Component(
     ),
 )
 PAUSE = Component("pause", "1", StaticC(SOURCES / "pause.c"))
+
+#: Upstream's end-to-end tests, their runner, and the program in most images of their pods.  No cluster needs it.
+KUBERNETES_E2E = Component(
+    "kubernetes-e2e",
+    KUBERNETES.version,
+    GoRequired(
+        SOURCES / "kubernetes-e2e",
+        (
+            ("e2e.test", "k8s.io/kubernetes/test/e2e"),
+            ("ginkgo", "github.com/onsi/ginkgo/v2/ginkgo"),
+            ("agnhost", "k8s.io/kubernetes/test/images/agnhost"),
+        ),
+        ldflags="-X k8s.io/component-base/version.gitVersion=v1.34.4",
+    ),
+)
 
 #: Quick ones first: a missing Debian package shows after seconds.
 COMPONENTS = (PAUSE, RUNC, CNI, CONTAINERD, CSI_SANITY, COREDNS, CSI_PROVISIONER, KUBERNETES)

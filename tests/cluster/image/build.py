@@ -70,22 +70,26 @@ def build_provisioner_image() -> Path:
 
 def build_busybox_image() -> Path:
     """Debian's static busybox under all of its names, and the few files that programs look for."""
-    with exclusive("image"):
-        _, root = debian_layer()
-    busybox = root / "usr" / "bin" / "busybox"
     with tempfile.TemporaryDirectory(prefix="cknix-image-") as scratch:
         layer = Path(scratch) / "layer.tar"
         with tarfile.open(layer, "w") as tar:
-            writer = LayerWriter(tar)
-            writer.file("/bin/busybox", busybox.read_bytes(), mode=0o755)
-            for applet in sorted(set(run([busybox, "--list"]).split()) - {"busybox"}):
-                writer.link(f"/bin/{applet}", "busybox")
-            writer.file("/etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
-            writer.file("/etc/group", b"root:x:0:\n")
-            writer.directory("/root")
-            writer.directory("/tmp", mode=0o1777)
+            add_busybox(LayerWriter(tar))
         config = {"Cmd": ["sh"], "Env": ["PATH=/bin"]}
         return write_archive(images() / "busybox.tar", [BUSYBOX_IMAGE, ANY_IMAGE], [Layer(layer)], config)
+
+
+def add_busybox(writer: LayerWriter) -> None:
+    """The files of an image in which a shell and its usual programs run."""
+    with exclusive("image"):
+        _, root = debian_layer()
+    busybox = root / "usr" / "bin" / "busybox"
+    writer.file("/bin/busybox", busybox.read_bytes(), mode=0o755)
+    for applet in sorted(set(run([busybox, "--list"]).split()) - {"busybox"}):
+        writer.link(f"/bin/{applet}", "busybox")
+    writer.file("/etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
+    writer.file("/etc/group", b"root:x:0:\n")
+    writer.directory("/root")
+    writer.directory("/tmp", mode=0o1777)
 
 
 def images() -> Path:
