@@ -138,11 +138,13 @@ async def closures(bench: Bench) -> None:
     probes = bench.effort.pods
     async with running(pods.data, case.store) as daemon:
         await pods.publish(daemon, "known", case.root)
+        bench.room.settle()  # else what was written before is written while the next are timed
         alone = await _probe(pods, daemon, case.root, probes)
         new = []
         for number, root in enumerate(others):
             new.append(await pods.publish(daemon, f"other-{number}", root))
             bench.progress.detail(row, number / len(others))
+        bench.room.settle()
         beside = await _probe(pods, daemon, case.root, probes)
     async with running(pods.data, case.store) as daemon:
         reconciled = daemon.reconciled
