@@ -77,12 +77,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="evaluate as the controller of a cluster does, which sees nothing of its machine",
     )
-    run.add_argument(
-        "--data-root",
-        type=_directory,
-        metavar="DIR",
-        help="where the managed store is (default: CKNIX_DATA_ROOT, else /var/lib/cknix)",
-    )
+    _data_root(run, what="where the managed store is")
     run.add_argument("-q", "--quiet", action="store_true", help="no progress, only errors and the command's own output")
     run.add_argument(
         "argv", nargs="*", metavar="COMMAND", help="command and arguments (default: a shell); put -- first"
@@ -98,12 +93,7 @@ def parser() -> argparse.ArgumentParser:
         ),
     )
     probe.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    probe.add_argument(
-        "--data-root",
-        type=_directory,
-        metavar="DIR",
-        help="where volumes are made (default: CKNIX_DATA_ROOT, else /var/lib/cknix)",
-    )
+    _data_root(probe, what="where volumes are made")
     volumes = commands.add_parser(
         "volumes",
         allow_abbrev=False,
@@ -111,13 +101,17 @@ def parser() -> argparse.ArgumentParser:
         description="Lists what the node daemon has noted of its volumes, the oldest first.  Changes nothing.",
     )
     volumes.add_argument("--json", action="store_true", help="a JSON array instead of a table")
-    volumes.add_argument(
+    _data_root(volumes, what="the daemon's data root")
+    return top
+
+
+def _data_root(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument(
         "--data-root",
         type=_directory,
         metavar="DIR",
-        help="the daemon's data root (default: CKNIX_DATA_ROOT, else /var/lib/cknix)",
+        help=f"{what} (default: CKNIX_DATA_ROOT, else /var/lib/cknix)",
     )
-    return top
 
 
 def _directory(text: str) -> Path:

@@ -16,26 +16,24 @@ farm is never mounted writable but as the lower layer of an overlay.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
 from cknix_csi.api.closure import Closure
 from cknix_csi.api.presentation import Presentation
-from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
+from cknix_csi.api.storepath import STORE_DIR, StorePath
 from cknix_csi.volumes import soundness
 from cknix_csi.volumes.failures import explained
 from cknix_csi.volumes.locks import finish
 from cknix_csi.volumes.mountinfo import Mount, MountTable
-from cknix_csi.volumes.mounts import BY_DESCRIPTOR
 from cknix_csi.volumes.soundness import LINKS, STAMP
 from cknix_csi.volumes.trash import Trash
+from cknix_csi.volumes.treedir import TreeDirectory, closure_named
 from cknix_csi.volumes.trees import WriteState
 from cknix_csi.volumes.view import SOURCE as PREFIX
 
@@ -43,7 +41,6 @@ log = logging.getLogger(__name__)
 
 SOURCE = f"{PREFIX}farm:"
 """What overlays over a farm show as their source in the mount table, followed by the closure's id."""
-_BUILDING = ".building-"
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
@@ -124,7 +121,7 @@ def settle(tree: str, var: VarLayout) -> None:
         os.utime(path, ns=(STAMP, STAMP))
 
 
-class Farms:
+class Farms(TreeDirectory):
     """The farms below *directory* (which exists), of closures whose objects are in *store_dir*.
 
     *directory* should be on the same mount as *store_dir*: link(2) refuses everything else, and files are copied then.
@@ -133,6 +130,7 @@ class Farms:
 
     presentation = Presentation.HARDLINK
     noun = "farm"
+    source_prefix = SOURCE
 
     def __init__(
         self,
@@ -144,44 +142,28 @@ class Farms:
         *,
         ours: Callable[[Mount], bool] = lambda _: True,
     ) -> None:
-        self._directory = directory
+        super().__init__(directory, trash)
         self._store_dir = store_dir
-        self._trash = trash
         self._engine = engine
         self._var = var
         self._ours = ours
-        self._building: set[str] = set()
-        self._trusted: set[str] = set()
-
-    def path(self, closure_id: str) -> str:
-        return f"{self._directory}/{closure_id}"
 
     def origin(self, closure_id: str) -> str:
         """The directory that a volume without an overlay shows: for read-only clones, which can be id-mapped."""
         return f"{self._directory}/{closure_id}/tree/nix"
 
-    def mountpoint(self, closure_id: str) -> str:
-        return f"{self._directory}/{closure_id}/m"
-
     def layers(self, closure_id: str) -> tuple[str, str]:
         """The lower layers of every overlay of this closure; overlayfs refuses a single one without an upper layer."""
         return f"{self._directory}/{closure_id}/tree", f"{self._directory}/{closure_id}/empty"
 
-    def source(self, closure_id: str) -> str:
-        return SOURCE + closure_id
-
     def closure_of(self, mount: Mount) -> str | None:
         """The closure whose farm *mount* shows, by an overlay of ours or by a plain clone; None for a foreign mount."""
         if mount.fstype == "overlay":
-            name = mount.source.removeprefix(SOURCE) if mount.source.startswith(SOURCE) and self._may_own(mount) else ""
-        else:
-            *_, farms, name, tree, nix = ("", "", "", "", *mount.root.split("/"))
-            if (farms, tree, nix) != (os.path.basename(self._directory), "tree", "nix") or not self._ours(mount):
-                return None
-        try:
-            return StorePath.from_basename(name).basename
-        except InvalidStorePath:
+            return self._overlaid(mount)
+        *_, farms, name, tree, nix = ("", "", "", "", *mount.root.split("/"))
+        if (farms, tree, nix) != (os.path.basename(self._directory), "tree", "nix") or not self._ours(mount):
             return None
+        return closure_named(name)
 
     def shown(self, table: MountTable) -> set[str]:
         """The closures whose farms any mount shows."""
@@ -198,14 +180,6 @@ class Farms:
         """True when the overlay at the mount point is over this farm."""
         return _root_of(f"{self.mountpoint(closure_id)}/nix") == closure_id
 
-    def exists(self, closure_id: str) -> bool:
-        """True when there is a farm, whole or not."""
-        return os.path.lexists(self.path(closure_id))
-
-    def trusts(self, closure_id: str) -> bool:
-        """True when the farm is there and need not be looked at: it has been since it last was without a user."""
-        return closure_id in self._trusted and self.exists(closure_id)
-
     def look(self, closure_id: str) -> str | None:
         """What is wrong with a farm that exists, None when it is whole; see :mod:`.soundness`.
 
@@ -214,17 +188,6 @@ class Farms:
         if not self.sound(closure_id):
             return "it is of an earlier boot, or its directory of store paths was changed"
         return soundness.flaw_of_farm(self.path(closure_id), closure_id, str(self._store_dir))
-
-    def flaw(self, closure_id: str) -> str | None:
-        """:meth:`look`; what is whole is trusted from now on."""
-        found = self.look(closure_id)
-        if found is None:
-            self._trusted.add(closure_id)
-        return found
-
-    def distrust(self, closure_id: str) -> None:
-        """Nobody uses the farm for a while: it must be looked at before it is used again."""
-        self._trusted.discard(closure_id)
 
     def sound(self, closure_id: str) -> bool:
         """True when the farm is there, complete, of this boot, and with all its store paths.
@@ -240,24 +203,6 @@ class Farms:
         except OSError:
             return False
         return complete and unchanged and _root_of(f"{path}/tree/nix") == closure_id
-
-    def ids(self) -> Iterator[str]:
-        """The closures that have a farm, whole or not; anything else in the directory is not ours and not named."""
-        for name in os.listdir(self._directory):
-            with contextlib.suppress(InvalidStorePath):
-                yield StorePath.from_basename(name).basename
-
-    def abandoned(self) -> Iterator[str]:
-        """Paths of farms whose building ended half-way, in an earlier process."""
-        for name in os.listdir(self._directory):
-            if name.startswith(_BUILDING) and name not in self._building:
-                yield f"{self._directory}/{name}"
-
-    def reserve(self) -> str:
-        """A path to build a farm at, beside the finished ones; end with :meth:`complete` or :meth:`abandon`."""
-        name = f"{_BUILDING}{uuid.uuid4().hex}"
-        self._building.add(name)
-        return f"{self._directory}/{name}"
 
     async def begin(self, building: str, closure: Closure) -> FarmReport:
         """Make all of a farm but the database, which goes to ``<building>/tree``.
@@ -281,10 +226,7 @@ class Farms:
             self.abandon(building)
             return
         self.discard(closure_id)
-        with explained(f"complete the farm of {closure_id}"):
-            os.rename(building, self.path(closure_id))
-        self._building.discard(os.path.basename(building))
-        self._trusted.add(closure_id)
+        self._place(building, closure_id)
 
     async def build(self, closure: Closure, write_state: WriteState) -> None:
         """See :class:`~cknix_csi.volumes.trees.Trees`."""
@@ -300,23 +242,6 @@ class Farms:
             raise
         seconds = time.monotonic() - started
         log.info("made a farm of hard links for %s in %.3fs: %s", closure.id, seconds, report)
-
-    def abandon(self, building: str) -> None:
-        """Throw away what was made of *building*.  Raises VolumeFailed."""
-        if os.path.lexists(building):
-            self._trash.take(building)
-        self._building.discard(os.path.basename(building))
-
-    def discard(self, closure_id: str) -> None:
-        """Throw away the farm; the caller knows that no mount uses it.  Raises VolumeFailed."""
-        self._trusted.discard(closure_id)
-        if os.path.lexists(self.path(closure_id)):
-            self._trash.take(self.path(closure_id))
-
-    def _may_own(self, mount: Mount) -> bool:
-        """False when *mount*, an overlay, is over layers that are none of these farms'."""
-        layer = mount.super_option("lowerdir+")
-        return layer is None or layer.startswith((f"{self._directory}/", BY_DESCRIPTOR))
 
 
 def _make_directories(building: str) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from cknix_csi.volumes import syscalls
 from cknix_csi.volumes.failures import StoreDamaged, explained
@@ -23,24 +25,31 @@ LINKS = ".links"
 """A directory of the store that is no store path."""
 
 
+Compare = Callable[[str, int, os.stat_result, str], str | None]
+"""What is wrong with what was made of a store object: by its directory's path and descriptor, the object, its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is looked at in a tree."""
+
+    noun: str
+    layer: str
+    """The directory in it that holds ``nix``."""
+    beside: tuple[str, ...]
+    """Directories beside that."""
+    lost: str
+    """What stands before the closure's id where there is nothing of its root."""
+    compare: Compare
+
+
 def flaw(view: str, closure_id: str, store_dir: str) -> str | None:
     """What is wrong with the view in directory *view*, None when it is whole.  About 10 µs per store path.
 
     Raises StoreDamaged when an object that the view shows is gone from *store_dir*: healing that heals the view too.
     Raises VolumeFailed when the disk cannot be read.
     """
-    with (
-        explained(f"look at the view of {closure_id}"),
-        syscalls.owned(os.open(store_dir, os.O_RDONLY | os.O_DIRECTORY)) as store,
-    ):
-        try:
-            return (
-                _flaw_of_entries(f"{view}/meta/nix/store", closure_id, store)
-                or _flaw_of_fixed(f"{view}/meta")
-                or (None if os.path.isdir(f"{view}/m") else "m is missing")
-            )
-        except (FileNotFoundError, NotADirectoryError) as error:
-            return f"{str(error.filename).removeprefix(f'{view}/')} is missing"
+    return _flaw(_Kind("view", "meta", ("m",), "the entry of ", _flaw_of_entry), view, closure_id, store_dir)
 
 
 def flaw_of_farm(farm: str, closure_id: str, store_dir: str) -> str | None:
@@ -48,18 +57,23 @@ def flaw_of_farm(farm: str, closure_id: str, store_dir: str) -> str | None:
 
     Of each store path only its own attributes are compared, which for a directory change with its entries.
     """
+    return _flaw(_Kind("farm", "tree", ("m", "empty"), "", _flaw_of_object), farm, closure_id, store_dir)
+
+
+def _flaw(kind: _Kind, tree: str, closure_id: str, store_dir: str) -> str | None:
     with (
-        explained(f"look at the farm of {closure_id}"),
+        explained(f"look at the {kind.noun} of {closure_id}"),
         syscalls.owned(os.open(store_dir, os.O_RDONLY | os.O_DIRECTORY)) as store,
     ):
+        layer = f"{tree}/{kind.layer}"
         try:
             return (
-                _flaw_of_objects(f"{farm}/tree/nix/store", closure_id, store)
-                or _flaw_of_fixed(f"{farm}/tree")
-                or next((f"{name} is missing" for name in ("m", "empty") if not os.path.isdir(f"{farm}/{name}")), None)
+                _flaw_of_each(f"{layer}/nix/store", closure_id, store, kind)
+                or _flaw_of_fixed(layer)
+                or next((f"{name} is missing" for name in kind.beside if not os.path.isdir(f"{tree}/{name}")), None)
             )
         except (FileNotFoundError, NotADirectoryError) as error:
-            return f"{str(error.filename).removeprefix(f'{farm}/')} is missing"
+            return f"{str(error.filename).removeprefix(f'{tree}/')} is missing"
 
 
 def missing(name: str) -> StoreDamaged:
@@ -70,28 +84,9 @@ def missing(name: str) -> StoreDamaged:
     )
 
 
-def _flaw_of_entries(entries: str, closure_id: str, store: int) -> str | None:
-    with syscalls.owned(os.open(entries, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)) as shown:
-        names = os.listdir(shown)
-        for name in names:
-            if name == LINKS:
-                continue
-            try:
-                original = os.stat(name, dir_fd=store, follow_symlinks=False)
-            except FileNotFoundError:
-                raise missing(name) from None
-            entry = os.stat(name, dir_fd=shown, follow_symlinks=False)
-            if stat.S_IFMT(entry.st_mode) != stat.S_IFMT(original.st_mode):
-                return f"the entry of {name} is of another type than the store's"
-            if not stat.S_ISLNK(entry.st_mode) and _attribute(f"{entries}/{name}", REDIRECT) != f"/{name}".encode():
-                return f"the entry of {name} does not lead to the store"
-            if stat.S_ISREG(entry.st_mode) and _attribute(f"{entries}/{name}", METACOPY) != b"":
-                return f"the entry of {name} hides the store's file"
-    return None if closure_id in names else f"the entry of {closure_id} is missing"
-
-
-def _flaw_of_objects(objects: str, closure_id: str, store: int) -> str | None:
-    with syscalls.owned(os.open(objects, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)) as made:
+def _flaw_of_each(directory: str, closure_id: str, store: int, kind: _Kind) -> str | None:
+    """What is wrong with the first in *directory* that is not what *kind* expects for the object in *store*."""
+    with syscalls.owned(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)) as made:
         names = os.listdir(made)
         for name in names:
             if name == LINKS:
@@ -100,10 +95,26 @@ def _flaw_of_objects(objects: str, closure_id: str, store: int) -> str | None:
                 original = os.stat(name, dir_fd=store, follow_symlinks=False)
             except FileNotFoundError:
                 raise missing(name) from None
-            found = os.stat(name, dir_fd=made, follow_symlinks=False)
-            if (found.st_mode, found.st_mtime_ns) != (original.st_mode, original.st_mtime_ns):
-                return f"{name} was changed"
-    return None if closure_id in names else f"{closure_id} is missing"
+            if found := kind.compare(directory, made, original, name):
+                return found
+    return None if closure_id in names else f"{kind.lost}{closure_id} is missing"
+
+
+def _flaw_of_entry(entries: str, shown: int, original: os.stat_result, name: str) -> str | None:
+    entry = os.stat(name, dir_fd=shown, follow_symlinks=False)
+    if stat.S_IFMT(entry.st_mode) != stat.S_IFMT(original.st_mode):
+        return f"the entry of {name} is of another type than the store's"
+    if not stat.S_ISLNK(entry.st_mode) and _attribute(f"{entries}/{name}", REDIRECT) != f"/{name}".encode():
+        return f"the entry of {name} does not lead to the store"
+    if stat.S_ISREG(entry.st_mode) and _attribute(f"{entries}/{name}", METACOPY) != b"":
+        return f"the entry of {name} hides the store's file"
+    return None
+
+
+def _flaw_of_object(_: str, made: int, original: os.stat_result, name: str) -> str | None:
+    found = os.stat(name, dir_fd=made, follow_symlinks=False)
+    same = (found.st_mode, found.st_mtime_ns) == (original.st_mode, original.st_mtime_ns)
+    return None if same else f"{name} was changed"
 
 
 def _attribute(path: str, name: str) -> bytes | None:

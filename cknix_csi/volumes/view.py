@@ -18,25 +18,23 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cknix_csi.api.closure import Closure, ClosurePath
 from cknix_csi.api.presentation import Presentation
-from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
+from cknix_csi.api.storepath import STORE_DIR, StorePath
 from cknix_csi.volumes import soundness, syscalls
 from cknix_csi.volumes.failures import StoreDamaged, explained
 from cknix_csi.volumes.locks import finish, in_thread, together
 from cknix_csi.volumes.mountinfo import Mount, MountTable
-from cknix_csi.volumes.mounts import BY_DESCRIPTOR
 from cknix_csi.volumes.soundness import LINKS, METACOPY, REDIRECT, STAMP
 from cknix_csi.volumes.trash import Trash
+from cknix_csi.volumes.treedir import TreeDirectory
 from cknix_csi.volumes.trees import WriteState
 
 SOURCE = "cknix:"
 """How the source of every overlay of this driver begins in the mount table; for a view the closure's id follows."""
-_BUILDING = ".building-"
 _MANY = 100
 """Store paths; as many are worth a second thread, 3 ms."""
 
@@ -56,36 +54,20 @@ class Var:
         _settle(var)
 
 
-class Views:
+class Views(TreeDirectory):
     """The views below *directory* (which exists), of closures whose objects are in *store_dir*."""
 
     presentation = Presentation.REDIRECT
     noun = "view"
+    source_prefix = SOURCE
 
     def __init__(self, directory: str, store_dir: Path, trash: Trash) -> None:
-        self._directory = directory
-        self._trash = trash
+        super().__init__(directory, trash)
         self._store_dir = str(store_dir)
-        self._building: set[str] = set()
-        self._trusted: set[str] = set()
-
-    def path(self, closure_id: str) -> str:
-        return f"{self._directory}/{closure_id}"
-
-    def mountpoint(self, closure_id: str) -> str:
-        return f"{self._directory}/{closure_id}/m"
-
-    def source(self, closure_id: str) -> str:
-        return SOURCE + closure_id
 
     def closure_of(self, mount: Mount) -> str | None:
         """The closure that *mount* shows, None for a foreign mount; another data root's are foreign too."""
-        if mount.fstype != "overlay" or not mount.source.startswith(SOURCE) or not self._may_own(mount):
-            return None
-        try:
-            return StorePath.from_basename(mount.source.removeprefix(SOURCE)).basename
-        except InvalidStorePath:
-            return None
+        return self._overlaid(mount) if mount.fstype == "overlay" else None
 
     def shown(self, table: MountTable) -> set[str]:
         """The closures that any mount shows."""
@@ -112,47 +94,12 @@ class Views:
         """True when the view is there, and then it was whole once."""
         return os.path.isdir(self.path(closure_id))
 
-    def trusts(self, closure_id: str) -> bool:
-        """True when the view is there and need not be looked at: it has been since it last was without a user."""
-        return closure_id in self._trusted and self.exists(closure_id)
-
     def look(self, closure_id: str) -> str | None:
         """What is wrong with a view that exists, None when it is whole; see :mod:`soundness`.
 
         Raises StoreDamaged, VolumeFailed.
         """
         return soundness.flaw(self.path(closure_id), closure_id, self._store_dir)
-
-    def flaw(self, closure_id: str) -> str | None:
-        """:meth:`look`; what is whole is trusted from now on."""
-        found = self.look(closure_id)
-        if found is None:
-            self._trusted.add(closure_id)
-        return found
-
-    def distrust(self, closure_id: str) -> None:
-        """Nobody uses the view for a while: it must be looked at before it is used again."""
-        self._trusted.discard(closure_id)
-
-    def ids(self) -> Iterator[str]:
-        """The closures that have a view; anything else in the directory is not ours and not named."""
-        for name in os.listdir(self._directory):
-            try:
-                yield StorePath.from_basename(name).basename
-            except InvalidStorePath:
-                continue
-
-    def abandoned(self) -> Iterator[str]:
-        """Paths of views whose building ended half-way, in an earlier process."""
-        for name in os.listdir(self._directory):
-            if name.startswith(_BUILDING) and name not in self._building:
-                yield f"{self._directory}/{name}"
-
-    def reserve(self) -> str:
-        """A path to build a view at, beside the finished ones; end with :meth:`complete` or :meth:`abandon`."""
-        name = f"{_BUILDING}{uuid.uuid4().hex}"
-        self._building.add(name)
-        return f"{self._directory}/{name}"
 
     def begin(self, building: str, closure: Closure) -> None:
         """Make all of a view but the database, which goes to ``<building>/meta``.
@@ -172,9 +119,7 @@ class Views:
             _settle(f"{building}/meta/nix/var")
             for directory in ("meta/nix/store", "meta/nix", "meta"):
                 _stamp(f"{building}/{directory}")
-            os.rename(building, self.path(closure_id))
-        self._building.discard(os.path.basename(building))
-        self._trusted.add(closure_id)
+        self._place(building, closure_id)
 
     async def build(self, closure: Closure, write_state: WriteState) -> None:
         """See :class:`~cknix_csi.volumes.trees.Trees`."""
@@ -208,23 +153,6 @@ class Views:
     async def _write_state(self, building: str, closure: Closure, write_state: WriteState) -> None:
         with explained(f"write the database of {closure.id}"):
             await write_state(closure, Path(building, "meta"))
-
-    def abandon(self, building: str) -> None:
-        """Throw away what was made of *building*.  Raises VolumeFailed."""
-        if os.path.lexists(building):
-            self._trash.take(building)
-        self._building.discard(os.path.basename(building))
-
-    def discard(self, closure_id: str) -> None:
-        """Throw away the view; the caller knows that no mount uses it.  Raises VolumeFailed."""
-        self._trusted.discard(closure_id)
-        if self.exists(closure_id):
-            self._trash.take(self.path(closure_id))
-
-    def _may_own(self, mount: Mount) -> bool:
-        """False when *mount*, an overlay, shows a view of another data root."""
-        layer = mount.super_option("lowerdir+")
-        return layer is None or layer.startswith((f"{self._directory}/", BY_DESCRIPTOR))
 
 
 def closure_key(closure_id: str) -> str:

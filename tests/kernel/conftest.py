@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.node import Node, mounts_below, run
+from tests.kernel.store import FakeStore
 
 CLONE_NEWNS = 0x20000
 MS_REC_PRIVATE = (1 << 14) | (1 << 18)
@@ -37,6 +38,12 @@ def scratch() -> Iterator[Path]:
         for target in reversed(mounts_below(path)):
             run("umount", "--lazy", target)
         run("rm", "--recursive", "--force", "--one-file-system", path)  # at any depth, which shutil.rmtree is not
+
+
+@pytest.fixture
+def store(scratch: Path) -> FakeStore:
+    """A store of its own, which is empty."""
+    return FakeStore(scratch / "nix")
 
 
 @pytest.fixture

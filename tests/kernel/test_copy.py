@@ -36,11 +36,6 @@ from tests.kernel.trees import (
 )
 
 
-@pytest.fixture
-def store(scratch: Path) -> FakeStore:
-    return FakeStore(scratch / "nix")
-
-
 async def build(copy: Path, store: FakeStore, closure: Closure, threads: int = 2) -> FarmReport:
     """A private copy, in the way that volumes make one."""
     report = await furnish(str(copy), closure, store.store_dir, CopyEngine(threads), Var())

@@ -55,11 +55,6 @@ def engine(request: pytest.FixtureRequest) -> FarmEngine:
     return ENGINES[request.param]()
 
 
-@pytest.fixture
-def store(scratch: Path) -> FakeStore:
-    return FakeStore(scratch / "nix")
-
-
 def farms_at(data: Path, store: FakeStore, engine: FarmEngine) -> Farms:
     """Farms of *store* below *data*."""
     (data / "farms").mkdir(parents=True)

@@ -123,17 +123,21 @@ async def test_without_an_api_server_what_the_node_knows_still_mounts(
     require_exactly(await whole.publish_retrying("now", expression="unseen"), source, source.file)
 
 
-async def test_a_daemon_that_starts_without_an_api_server_serves_what_it_can(
-    whole: WholeNode, cluster: Cluster, source: Source
-) -> None:
+async def remember_seen(whole: WholeNode, cluster: Cluster, source: Source) -> None:
+    """Two Expressions have results, of which the daemon has used and kept that of `seen`; then it is killed."""
     for name in ("seen", "unseen"):
         await cluster.apply(name)
         await cluster.report(name, "Succeeded", x86_64_linux=source.hello)
     await whole.start()
     await whole.publish("before", expression="seen")
-    remembered = whole.data / "state/results.json"
-    await whole.eventually("the result is kept", remembered.exists)
+    await whole.eventually("the result is kept", (whole.data / "state/results.json").exists)
     whole.kill()
+
+
+async def test_a_daemon_that_starts_without_an_api_server_serves_what_it_can(
+    whole: WholeNode, cluster: Cluster, source: Source
+) -> None:
+    await remember_seen(whole, cluster, source)
     cluster.api.close()
     await whole.start()
     require_exactly(await whole.publish("known", storePath=source.hello), source, source.hello)
@@ -152,13 +156,7 @@ async def test_a_daemon_that_starts_without_an_api_server_serves_what_it_can(
 async def test_a_daemon_that_starts_while_the_api_server_hangs_serves_what_it_can(
     whole: WholeNode, cluster: Cluster, source: Source
 ) -> None:
-    for name in ("seen", "unseen"):
-        await cluster.apply(name)
-        await cluster.report(name, "Succeeded", x86_64_linux=source.hello)
-    await whole.start()
-    await whole.publish("before", expression="seen")
-    await whole.eventually("the result is kept", (whole.data / "state/results.json").exists)
-    whole.kill()
+    await remember_seen(whole, cluster, source)
     cluster.api.stall()
     await whole.start()
     await asyncio.gather(  # each waits for a while for the server, and no longer
