@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from cknix_csi.api.expression import Data
 from cknix_csi.api.progress import Progress
 from cknix_csi.controller.ports import Nix
-from cknix_csi.metrics.ports import OK, ControllerMetrics, Work, outcome_of
+from cknix_csi.metrics.ports import ControllerMetrics, Work
+from cknix_csi.metrics.timing import timed
 from cknix_csi.nix.nix import Evaluation
 
 
@@ -31,12 +32,5 @@ class MeasuredNix:
     @contextmanager
     def _measured(self, work: Work) -> Iterator[None]:
         self._metrics.begin(work)
-        started = time.monotonic()
-        outcome = OK
-        try:
+        with timed(partial(self._metrics.end, work)):
             yield
-        except BaseException as error:
-            outcome = outcome_of(error)
-            raise
-        finally:
-            self._metrics.end(work, outcome, time.monotonic() - started)

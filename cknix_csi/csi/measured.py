@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from cknix_csi.api.progress import Progress
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.csi.closures import Fetcher
 from cknix_csi.csi.housekeeping import CollectableStore
-from cknix_csi.metrics.ports import OK, Closure, CollectionMetrics, NodeMetrics, outcome_of
+from cknix_csi.metrics.ports import Closure, CollectionMetrics, NodeMetrics
+from cknix_csi.metrics.timing import timed
 from cknix_csi.nix.collection import Collected, Space
 from cknix_csi.nix.wants import Wants
 
@@ -42,20 +42,6 @@ def one_publish(metrics: NodeMetrics) -> Iterator[Publishing]:
     found = Publishing()
     with timed(lambda outcome, seconds: metrics.publish(outcome, found.closure, seconds)):
         yield found
-
-
-@contextmanager
-def timed(tell: Callable[[str, float], None]) -> Iterator[None]:
-    """*tell* how the block has ended, and its seconds."""
-    started = time.monotonic()
-    outcome = OK
-    try:
-        yield
-    except BaseException as error:
-        outcome = outcome_of(error)
-        raise
-    finally:
-        tell(outcome, time.monotonic() - started)
 
 
 class MeasuredFetcher:

@@ -21,7 +21,7 @@ from cknix_csi.api.storepath import StorePath
 from cknix_csi.csi.closures import ClosureService
 from cknix_csi.csi.flights import Flights
 from cknix_csi.csi.lifecycle import shutting_down
-from cknix_csi.csi.measured import Publishing, one_publish, timed
+from cknix_csi.csi.measured import Publishing, one_publish
 from cknix_csi.csi.pods import VOLUME_COPIED, PodEvents, Pods, host_users
 from cknix_csi.csi.publications import require_only, require_same
 from cknix_csi.csi.records import Records
@@ -31,6 +31,7 @@ from cknix_csi.csi.room import NO_MATTER, Room
 from cknix_csi.csi.storepaths import StorePathRule
 from cknix_csi.csi.waiting import Waits
 from cknix_csi.metrics.ports import NodeMetrics
+from cknix_csi.metrics.timing import timed
 from cknix_csi.nix.database import PathNotValid
 from cknix_csi.volumes.choose import Wish
 from cknix_csi.volumes.failures import LimitReached, NotUndone, StoreDamaged

@@ -37,33 +37,20 @@ _HASH = re.compile(rf"[0-9a-df-np-sv-z]{{{HASH_LENGTH}}}")
 _COLUMNS = "v.id, v.path, v.hash, v.registrationTime, v.deriver, v.narSize, v.ultimate, v.sigs, v.ca"
 
 # UNION (not UNION ALL) ends the recursion on cycles: paths may refer to themselves.
-_CLOSURE = """
+_OF_CLOSURE = """
     WITH RECURSIVE closure(id) AS (
         SELECT id FROM ValidPaths WHERE path = ?
         UNION
         SELECT r.reference FROM Refs r JOIN closure c ON r.referrer = c.id
     )
-    SELECT v.path, v.narSize FROM closure c JOIN ValidPaths v ON v.id = c.id ORDER BY v.path
+    SELECT {} FROM closure c JOIN ValidPaths v ON v.id = c.id
 """
+_CLOSURE = f"{_OF_CLOSURE.format('v.path, v.narSize')} ORDER BY v.path"
+_SIZE_SINCE = f"{_OF_CLOSURE.format('ifnull(sum(v.narSize), 0)')} WHERE v.id > ?"
 
-_SIZE_SINCE = """
-    WITH RECURSIVE closure(id) AS (
-        SELECT id FROM ValidPaths WHERE path = ?
-        UNION
-        SELECT r.reference FROM Refs r JOIN closure c ON r.referrer = c.id
-    )
-    SELECT ifnull(sum(v.narSize), 0) FROM closure c JOIN ValidPaths v ON v.id = c.id WHERE v.id > ?
-"""
-
-_WANTED = """
-    CREATE TEMP TABLE Wanted (new integer primary key, path text not null);
-    CREATE TEMP TABLE Members (new integer primary key, old integer unique not null);
-"""
-# Run with a new database as "main", the store's as "node", and the closure's paths, in order, in Wanted.
+_MEMBERS = "CREATE TEMP TABLE Members (new integer primary key, old integer unique not null)"
+# Run with a new database as "main", the store's as "node", and the closure's paths in Members, in their order.
 _COPY = (
-    """
-    INSERT INTO Members (new, old) SELECT w.new, v.id FROM Wanted w JOIN node.ValidPaths v ON v.path = w.path
-    """,
     """
     INSERT INTO main.ValidPaths (id, path, hash, registrationTime, deriver, narSize, ultimate, sigs, ca)
     SELECT m.new, v.path, v.hash, 1, v.deriver, coalesce(v.narSize, 0), nullif(v.ultimate, 0), nullif(v.sigs, ''),
@@ -308,9 +295,11 @@ def _copy(store: Store, closure: Closure, target: Path) -> int:
         for setting in ("main.journal_mode = OFF", "main.synchronous = OFF", "temp_store = MEMORY"):
             database.execute(f"PRAGMA {setting}")
         database.execute("ATTACH ? AS node", (_uri(store, "rw"),))
-        database.executescript(f"BEGIN; {_SCHEMA}; {_WANTED}")
+        database.executescript(f"BEGIN; {_SCHEMA}; {_MEMBERS}")
         paths = sorted(str(member.path) for member in closure.paths)
-        database.executemany("INSERT INTO Wanted (path) VALUES (?)", ((path,) for path in paths))
+        database.executemany(
+            "INSERT INTO Members SELECT ?, id FROM node.ValidPaths WHERE path = ?", enumerate(paths, 1)
+        )
         for statement in _COPY:
             database.execute(statement)
         [(copied,)] = database.execute("SELECT count(*) FROM Members")
