@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from cknix_csi.api.errors import CknixError
@@ -11,7 +11,8 @@ from cknix_csi.api.presentation import Presentation
 from cknix_csi.api.situations import Situation
 from cknix_csi.csi.housekeeping import CollectableStore
 from cknix_csi.csi.measured import MeasuredStore
-from cknix_csi.csi.readiness import Readiness
+from cknix_csi.csi.readiness import Readiness, Step
+from cknix_csi.metrics.calls import CallCounts
 from cknix_csi.metrics.controller import CacheCounts, ControllerCounts
 from cknix_csi.metrics.exposition import CollectionCounts, Exposition
 from cknix_csi.metrics.node import Holdings, NodeCounts, Notes
@@ -36,22 +37,22 @@ class NodeMonitoring:
         """*store*, whose collections are counted."""
         return MeasuredStore(store, self.collections)
 
-    @asynccontextmanager
-    async def served(self, address: tuple[str, int] | None) -> AsyncIterator[None]:
-        """Answer at *address* (host, port) during the block, if there is one.
+    def served(self, address: tuple[str, int] | None) -> AbstractAsyncContextManager[None]:
+        """See :func:`_served`."""
+        return _served(address, self.exposition, self.readiness)
 
-        Raises CknixError when nobody can listen there.
-        """
-        pages = {"/metrics": self.exposition.page, "/livez": lives, "/readyz": self.readiness.page}
-        async with AsyncExitStack() as kept:
-            try:
-                await kept.enter_async_context(answering(address, pages))
-            except OSError as error:
-                raise CknixError(
-                    f"cannot listen where CKNIX_METRICS_LISTEN says: {error.strerror}; set another address, or off",
-                    Situation.SOCKET_UNAVAILABLE,
-                ) from error
-            yield
+
+class ProvisionerMonitoring:
+    """Of the provisioner, which has no disk."""
+
+    def __init__(self) -> None:
+        self.exposition = Exposition("provisioner", None)
+        self.calls = CallCounts(self.exposition.registry)
+        self.readiness = Readiness([Step.SERVED])
+
+    def served(self, address: tuple[str, int] | None) -> AbstractAsyncContextManager[None]:
+        """See :func:`_served`."""
+        return _served(address, self.exposition, self.readiness)
 
 
 class ControllerMonitoring:
@@ -66,6 +67,24 @@ class ControllerMonitoring:
     def measured(self, store: CollectableStore) -> CollectableStore:
         """*store*, whose collections are counted."""
         return MeasuredStore(store, self.collections)
+
+
+@asynccontextmanager
+async def _served(address: tuple[str, int] | None, exposition: Exposition, readiness: Readiness) -> AsyncIterator[None]:
+    """Answer metrics and health at *address* (host, port) during the block, if there is one.
+
+    Raises CknixError when nobody can listen there.
+    """
+    pages = {"/metrics": exposition.page, "/livez": lives, "/readyz": readiness.page}
+    async with AsyncExitStack() as kept:
+        try:
+            await kept.enter_async_context(answering(address, pages))
+        except OSError as error:
+            raise CknixError(
+                f"cannot listen where CKNIX_METRICS_LISTEN says: {error.strerror}; set another address, or off",
+                Situation.SOCKET_UNAVAILABLE,
+            ) from error
+        yield
 
 
 def _holdings(found: Inventory) -> Holdings:

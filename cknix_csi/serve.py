@@ -226,9 +226,19 @@ async def _node(settings: NodeSettings, stop: asyncio.Event) -> None:
 async def _provisioner(settings: ProvisionerSettings, stop: asyncio.Event) -> None:
     from cknix_csi.csi.provisioner import run_provisioner  # noqa: PLC0415 - a controller needs no gRPC
     from cknix_csi.kube.client import connect  # noqa: PLC0415
+    from cknix_csi.monitoring import ProvisionerMonitoring  # noqa: PLC0415
 
-    async with connect() as api:
-        await run_provisioner(api, namespace=settings.namespace, endpoint=settings.endpoint, stop=stop)
+    monitoring = ProvisionerMonitoring()
+    async with monitoring.served(settings.metrics), connect() as api:
+        serving = run_provisioner(
+            api,
+            namespace=settings.namespace,
+            endpoint=settings.endpoint,
+            stop=stop,
+            observe=monitoring.calls.rpc,
+            readiness=monitoring.readiness,
+        )
+        await _beside([monitoring.exposition.watch_loop()], serving)
 
 
 def _close_to_others(directory: Path) -> None:

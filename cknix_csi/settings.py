@@ -102,6 +102,8 @@ class ProvisionerSettings:
     """The CSI socket that external-provisioner looks for."""
     namespace: str
     """Where the records of volumes are, and nothing else."""
+    metrics: tuple[str, int] | None
+    """Host and port of metrics and health; None for nowhere."""
     log_level: str
     log_format: str
 
@@ -158,6 +160,7 @@ def provisioner_settings(environment: Mapping[str, str]) -> ProvisionerSettings:
     settings = ProvisionerSettings(
         endpoint=read("CSI_ENDPOINT", _endpoint, Path("/run/csi/csi.sock")),
         namespace=read("CKNIX_VOLUMES_NAMESPACE", _namespace, "cknix-volumes"),
+        metrics=read("CKNIX_METRICS_LISTEN", _listen_or_off, _METRICS),
         log_level=_log_level(read),
         log_format=_log_format(read),
     )

@@ -19,8 +19,9 @@ from cknix_csi.api.topology import SYSTEM_KEY, fitting, systems_of
 from cknix_csi.csi.errors import unimplemented
 from cknix_csi.csi.identity import Identity
 from cknix_csi.csi.provisioning import CreateCall, ValidateCall, capability_problems, volume_of
+from cknix_csi.csi.readiness import Readiness, Step
 from cknix_csi.csi.rpc import Service, rpc
-from cknix_csi.csi.server import serve
+from cknix_csi.csi.server import Observer, serve
 from cknix_csi.kube.api import DeletingApi
 from cknix_csi.kube.claims import annotations_of, systems_for
 from cknix_csi.kube.volumerecords import MAX_PAGE, VolumeRecord, VolumeRecords, volume_id
@@ -72,10 +73,24 @@ CAPABILITIES = (
 _GRACE_SECONDS = 20.0
 
 
-async def run_provisioner(api: DeletingApi, *, namespace: str, endpoint: Path, stop: asyncio.Event) -> None:
-    """Serve at *endpoint* until *stop* is set; records are kept in *namespace*.  Raises :class:`SocketUnavailable`."""
-    async with serve([Identity(), Provisioner(api, namespace)], endpoint, grace=_GRACE_SECONDS):
+async def run_provisioner(
+    api: DeletingApi,
+    *,
+    namespace: str,
+    endpoint: Path,
+    stop: asyncio.Event,
+    observe: Observer = lambda *call: None,
+    readiness: Readiness | None = None,
+) -> None:
+    """Serve at *endpoint* until *stop* is set; records are kept in *namespace*.
+
+    *observe* is told of every call, and *readiness* when the socket is there.  Raises :class:`SocketUnavailable`.
+    """
+    readiness = readiness or Readiness()
+    async with serve([Identity(), Provisioner(api, namespace)], endpoint, grace=_GRACE_SECONDS, observe=observe):
+        readiness.reach(Step.SERVED)
         await stop.wait()
+        readiness.leave(Step.SERVED)
 
 
 class Provisioner(Service, ControllerBase):

@@ -24,10 +24,10 @@ class Step(enum.Enum):
 class Readiness:
     """What has been reached of *steps*, and whether this process can still work."""
 
-    def __init__(self, steps: Iterable[Step] = Step, check: Callable[[], None] = lambda: None) -> None:
-        """*check* raises NodeUnusable, and may block."""
+    def __init__(self, steps: Iterable[Step] = Step, check: Callable[[], None] | None = None) -> None:
+        """*check* raises NodeUnusable, and may block; None: this process needs neither disk nor mounts."""
         self._reached = dict.fromkeys(steps, False)
-        self._looking = Looking(check)
+        self._looking = None if check is None else Looking(check)
 
     def reach(self, step: Step) -> None:
         """*step* is done."""
@@ -45,6 +45,8 @@ class Readiness:
         What is elsewhere and down is not looked at: API server, controller and caches come back by themselves, and
         volumes of closures that are here need none of them.
         """
+        if self._looking is None:
+            return
         try:
             await self._looking.within(LOOK_SECONDS)
         except TimeoutError:
@@ -56,10 +58,11 @@ class Readiness:
         """Each condition on a line, as the API server's ``/readyz?verbose`` has them; 503 unless all hold."""
         lines = [f"[{'+' if reached else '-'}] {step.value}" for step, reached in self._reached.items()]
         ready = all(self._reached.values())
-        try:
-            await self.check()
-            lines.append("[+] disk and mount table can be used")
-        except NodeUnusable as error:
-            ready = False
-            lines.append(f"[-] disk and mount table can be used: {error.message}")
+        if self._looking is not None:
+            try:
+                await self.check()
+                lines.append("[+] disk and mount table can be used")
+            except NodeUnusable as error:
+                ready = False
+                lines.append(f"[-] disk and mount table can be used: {error.message}")
         return Answer("".join(f"{line}\n" for line in lines).encode(), status=200 if ready else 503)

@@ -40,9 +40,9 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Exposition:
-    """What a process shows; *role* is ``node`` or ``controller``, and *disk* its data root."""
+    """What a process shows; *role* is ``node``, ``controller`` or ``provisioner``, and *disk* its data root, if any."""
 
-    def __init__(self, role: str, disk: Path) -> None:
+    def __init__(self, role: str, disk: Path | None) -> None:
         self.registry = CollectorRegistry()
         self._looked_up: list[_LookedUp] = []
         ProcessCollector(registry=self.registry)
@@ -56,7 +56,8 @@ class Exposition:
             buckets=_LAG_BUCKETS,
             registry=self.registry,
         )
-        self.look_up(lambda: _space(disk), [_gauge(name, words) for name, words in _SPACE])
+        if disk is not None:
+            self.look_up(lambda: _space(disk), [_gauge(name, words) for name, words in _SPACE])
 
     def look_up(self, look: Callable[[], Sequence[Metric]], families: Sequence[Metric]) -> None:
         """Have *look* say at each scrape how things are; it may block, and runs in a thread.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from prometheus_client import Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from cknix_csi.metrics.calls import CallCounts
 from cknix_csi.metrics.exposition import CALL_BUCKETS, WORK_BUCKETS, Exposition
-from cknix_csi.metrics.ports import OK, Closure, NodeMetrics
-from cknix_csi.settings import DRIVER_NAME
+from cknix_csi.metrics.ports import Closure, NodeMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +43,7 @@ class NodeCounts(NodeMetrics):
     def __init__(self, exposition: Exposition) -> None:
         self._exposition = exposition
         registry = exposition.registry
-        # Name, labels and spelling of the codes are those of kubernetes-csi/csi-lib-utils (metrics.go), so that
-        # dashboards for CSI drivers have it; buckets are finer.
-        self._operations = Histogram(
-            "csi_plugin_operations_seconds",
-            "Time of a CSI call.",
-            ("driver_name", "method_name", "grpc_status_code"),
-            buckets=CALL_BUCKETS,
-            registry=registry,
-        )
-        self._errors = Counter(
-            "cknix_rpc_errors_total",
-            "CSI calls that were not answered with OK.",
-            ("method", "reason"),
-            registry=registry,
-        )
+        self._calls = CallCounts(registry)
         self._publish = Histogram(
             "cknix_publish_duration_seconds",
             "Time of a publish, with its waiting for results and fetches.",
@@ -84,9 +70,7 @@ class NodeCounts(NodeMetrics):
         )
 
     def rpc(self, method: str, code: str, reason: str, seconds: float) -> None:
-        self._operations.labels(DRIVER_NAME, method, _as_go_says(code)).observe(seconds)
-        if reason != OK:
-            self._errors.labels(method.rpartition("/")[2], reason).inc()
+        self._calls.rpc(method, code, reason, seconds)
 
     def publish(self, outcome: str, closure: Closure, seconds: float) -> None:
         self._publish.labels(closure, outcome).observe(seconds)
@@ -111,12 +95,6 @@ class NodeCounts(NodeMetrics):
     def show_ledger(self, look: Callable[[], Notes]) -> None:
         """*look* is immediate."""
         self._exposition.show(lambda: _ledger(look()), _ledger(NO_NOTES))
-
-
-def _as_go_says(code: str) -> str:
-    """``RESOURCE_EXHAUSTED`` as ``ResourceExhausted`` (google.golang.org/grpc/codes, String)."""
-    special = {"OK": "OK", "CANCELLED": "Canceled"}
-    return special.get(code) or "".join(word.capitalize() for word in code.split("_"))
 
 
 def _fetches(running: int, waiting: int) -> Sequence[Metric]:

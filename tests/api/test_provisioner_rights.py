@@ -44,7 +44,8 @@ class Pod:
         arguments = [each.replace("/run/csi/csi.sock", str(self.socket)) for each in sidecar()["args"]]
         # In a pod it reads its namespace from a file.
         arguments.append(f"--leader-election-namespace={DRIVER_NAMESPACE}")
-        self._run(sys.executable, "-m", "cknix_csi.cli", "provisioner", CSI_ENDPOINT=f"unix://{self.socket}")
+        ours = {"CSI_ENDPOINT": f"unix://{self.socket}", "CKNIX_METRICS_LISTEN": "off"}
+        self._run(sys.executable, "-m", "cknix_csi.cli", "provisioner", **ours)
         # As with an API server that cannot stream lists.
         program = str(CSI_PROVISIONER.programs / "csi-provisioner")
         self._run(program, *arguments, KUBE_FEATURE_WatchListClient="false")

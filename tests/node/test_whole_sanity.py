@@ -8,13 +8,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 
+from cknix_csi import __version__
 from tests.api import rbac
 from tests.api.server import VOLUMES_NAMESPACE
 from tests.cluster.harness.components import CSI_SANITY
+from tests.node.asked import Asked, free_port
 from tests.node.sanity import run_sanity
 from tests.node.whole import Cluster, Source, WholeNode
+
+CREATE = "/csi.v1.Controller/CreateVolume"
 
 
 class Provisioner:
@@ -22,11 +27,13 @@ class Provisioner:
 
     def __init__(self, directory: Path, kubeconfig: Path) -> None:
         self.endpoint = directory / "csi.sock"
+        self.metrics = free_port()
         self.log = directory / "log"
         environment = {
             "PATH": os.environ["PATH"],
             "KUBECONFIG": str(kubeconfig),
             "CSI_ENDPOINT": f"unix://{self.endpoint}",
+            "CKNIX_METRICS_LISTEN": f"127.0.0.1:{self.metrics}",
         }
         with self.log.open("wb") as log:
             command = [sys.executable, "-m", "cknix_csi.cli", "provisioner"]
@@ -72,3 +79,12 @@ async def test_csi_sanity_passes(whole: WholeNode, provisioner: Provisioner, clu
     others = [name for name, reason in report.skipped.items() if not reason.endswith("not supported")]
     assert [report.skipped[name] for name in others] == ["pending"], others
     assert cluster.server.kubectl("get", "cm", "-n", VOLUMES_NAMESPACE, "-l", "cknix.cool/volume", "-o", "name") == ""
+
+    async with aiohttp.ClientSession() as client:
+        asked = Asked(client, provisioner.metrics)
+        assert await asked.get("/readyz") == (200, "[+] the CSI socket is served\n")
+        assert await asked.get("/livez") == (200, "ok\n")
+        calls = await asked.values("csi_plugin_operations_seconds_count")
+        made = sum(count for (_, code, method), count in calls.items() if (code, method) == ("OK", CREATE))
+        assert made >= len([name for name in report.passed if "CreateVolume" in name]) > 5
+        assert await asked.values("cknix_build_info") == {("provisioner", __version__): 1}

@@ -24,7 +24,7 @@ from cknix_csi.metrics.exposition import CollectionCounts, Exposition
 from cknix_csi.metrics.looking import Looking
 from cknix_csi.metrics.node import Holdings, NodeCounts, Notes
 from cknix_csi.metrics.ports import State, outcome_of
-from cknix_csi.monitoring import NodeMonitoring
+from cknix_csi.monitoring import NodeMonitoring, ProvisionerMonitoring
 from cknix_csi.nix.closures import StoreClosures
 from cknix_csi.nix.collection import Collected, CollectionFailed, Space
 from cknix_csi.nix.store import Store
@@ -33,6 +33,7 @@ from cknix_csi.volumes.failures import NodeUnusable
 from cknix_csi.volumes.ledger import Ledger
 from cknix_csi.volumes.volumes import Volumes
 
+ROLES = ("node", "controller", "provisioner")
 DOCUMENTED = Path(__file__).parents[2] / "docs/metrics.md"
 
 Families = dict[str, Metric]
@@ -87,18 +88,25 @@ def busy_controller(directory: Path) -> Exposition:
     return exposition
 
 
+def busy_provisioner() -> Exposition:
+    """A provisioner of which every metric has a sample."""
+    monitoring = ProvisionerMonitoring()
+    monitoring.calls.rpc("/csi.v1.Controller/CreateVolume", "NOT_FOUND", "ExpressionNotFound", 0.3)
+    return monitoring.exposition
+
+
 @pytest.fixture
 async def shown(tmp_path: Path) -> dict[str, Families]:
     """All metrics of our own, by role."""
     return {
         role: {name: family for name, family in (await scraped(made)).items() if not name.startswith("process_")}
-        for role, made in (("node", busy_node(tmp_path)), ("controller", busy_controller(tmp_path)))
+        for role, made in zip(ROLES, (busy_node(tmp_path), busy_controller(tmp_path), busy_provisioner()), strict=True)
     }
 
 
 @pytest.fixture
 def families(shown: dict[str, Families]) -> Families:
-    return {**shown["node"], **shown["controller"]}
+    return {**shown["provisioner"], **shown["node"], **shown["controller"]}
 
 
 def labels(family: Metric) -> set[str]:
@@ -123,7 +131,7 @@ def test_the_documented_metrics_are_those_there_are(shown: dict[str, Families]) 
     rows = {
         (name, kind, frozenset(named), role)
         for name, kind, named, _, where in documented()
-        for role in (("node", "controller") if where == "both" else (where,))
+        for role in (ROLES if where == "all" else where.split(", "))
     }
     assert found == rows
 

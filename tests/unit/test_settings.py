@@ -79,7 +79,11 @@ def test_the_controller_needs_no_settings() -> None:
 
 def test_the_provisioner_needs_no_settings() -> None:
     assert provisioner_settings({}) == ProvisionerSettings(
-        endpoint=Path("/run/csi/csi.sock"), namespace="cknix-volumes", log_level="info", log_format="text"
+        endpoint=Path("/run/csi/csi.sock"),
+        namespace="cknix-volumes",
+        metrics=("0.0.0.0", 9808),
+        log_level="info",
+        log_format="text",
     )
 
 
