@@ -75,11 +75,14 @@ async def test_a_known_closure_costs_no_process_and_no_request(
         await whole.unpublish("pod-0")
     cluster.api.forget()
     cluster.cache.forget()
+    audited = cluster.server.audited()
+    assert any(event["user"]["username"].endswith(":cknix-node") for event in audited)
     for number in range(10):
         await whole.publish(f"pod-{number}", expression="known", writable=number % 2 == 1)
         await whole.publish(f"path-{number}", storePath=source.hello)
     assert (whole.descendants_faults(), whole.own_children(), len(whole.nix_calls())) == (faults, [], calls)
     assert (cluster.api.sent, cluster.cache.requests) == (0, [])
+    assert cluster.server.audited() == audited
 
 
 async def test_a_hundred_pods_that_start_at_once_fetch_their_closure_once(
