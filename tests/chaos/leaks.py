@@ -44,8 +44,11 @@ def all_of(cluster: Cluster) -> list[str]:
 
 
 def objects(cluster: Cluster) -> list[str]:
-    """Objects of users, also those that only a finalizer keeps."""
-    items = cluster.get(OBJECTS, "--all-namespaces")["items"]
+    """Objects of users, also those that only a finalizer keeps, and records of volumes of claims."""
+    items = [
+        *cluster.get(OBJECTS, "--all-namespaces")["items"],
+        *cluster.get("configmaps", "--all-namespaces", "--selector", "cknix.cool/volume")["items"],
+    ]
     return [
         f"{item['kind']} {item['metadata'].get('namespace', '')}/{item['metadata']['name']}, "
         f"finalizers {item['metadata'].get('finalizers', [])}"

@@ -10,7 +10,7 @@ from tests.cluster import driver
 from tests.cluster.harness import Cluster, CommandFailed
 from tests.cluster.harness.node import Node
 
-DAEMON, CONTROLLER = "node", "controller"
+DAEMON, CONTROLLER, PROVISIONER = "node", "controller", "provisioner"
 #: What runs in the pods of the driver's namespace, by a word of its command line.
 PROGRAMS = ("cknix-csi", "/pause", "csi-provisioner", "relay.py")
 

@@ -33,14 +33,11 @@ class Pod:
     expression: str
     read_only: bool = True
     command: str = SAY
+    storage_class: str = ""
+    """Of a claim that comes and goes with the pod; none where this is empty."""
 
     def object(self) -> dict[str, Any]:
         """As the API takes it.  Without a token of the API server, which kubelet would have to ask for."""
-        csi = {
-            "driver": DRIVER_NAME,
-            "readOnly": self.read_only,
-            "volumeAttributes": {"expression": self.expression},
-        }
         container = {
             "name": "main",
             "image": driver.IMAGE,
@@ -57,9 +54,25 @@ class Pod:
                 "enableServiceLinks": False,
                 "terminationGracePeriodSeconds": 2,
                 "containers": [container],
-                "volumes": [{"name": "nix", **({"csi": csi} if self.expression else {"emptyDir": {}})}],
+                "volumes": [{"name": "nix", **self._volume()}],
             },
         }
+
+    def _volume(self) -> dict[str, Any]:
+        if not self.expression:
+            return {"emptyDir": {}}
+        attributes = {"expression": self.expression}
+        if not self.storage_class:
+            return {"csi": {"driver": DRIVER_NAME, "readOnly": self.read_only, "volumeAttributes": attributes}}
+        template = {
+            "metadata": {"annotations": {f"cknix.cool/{name}": value for name, value in attributes.items()}},
+            "spec": {
+                "storageClassName": self.storage_class,
+                "accessModes": ["ReadWriteOnce"],
+                "resources": {"requests": {"storage": "1Gi"}},
+            },
+        }
+        return {"ephemeral": {"volumeClaimTemplate": template}}
 
     def manifest(self) -> str:
         """JSON."""
