@@ -45,6 +45,7 @@ _COLLECTED_TIMES = 5
 """How often a publish fetches what an administrator's collection took between the fetch and the volume's GC root."""
 _GRACE_SECONDS = 10.0
 """For what a publish waits for: it keeps to the budget by itself, and says more than that time is up."""
+_MOST_UNHEARD = 1000
 
 
 class Volumes(Protocol):
@@ -190,6 +191,8 @@ class Publisher:
         except CknixError as error:
             if call not in self._listening:
                 self._unheard[call] = error
+                if len(self._unheard) > _MOST_UNHEARD:  # of pods that have gone without an unpublish
+                    del self._unheard[next(iter(self._unheard))]
             raise
 
     async def _publish_tidily(self, call: PublishCall) -> None:

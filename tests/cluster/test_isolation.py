@@ -59,6 +59,22 @@ def test_an_expression_of_another_namespace_cannot_be_had_by_its_name(
     installed.wait("it is refused", lambda: refusal in driver.events(installed, "curious"), timeout=60)
 
 
+@pytest.mark.parametrize("read_only", [True, False], ids=["read-only", "writable"])
+def test_the_group_that_a_pod_asks_for_changes_nothing_in_the_store(
+    installed: Cluster, applied: driver.Apply, read_only: bool
+) -> None:
+    applied(driver.expression("grouped", driver.demo("hello")))
+    path = driver.built(installed, "grouped")
+    look = "stat -c %u:%g:%a $(find /nix/store/*-* ! -type l) | sort -u; id -G; /nix/var/result/bin/hello"
+    group = "  securityContext: {runAsUser: 1000, runAsGroup: 1000, fsGroup: 4321}\n"
+    pod = driver.pod("grouped", {"expression": "grouped"}, look, read_only=read_only)
+    applied(pod.replace("  restartPolicy", f"{group}  restartPolicy"))
+    *modes, groups, said = driver.printed(installed, "grouped").splitlines()
+    assert set(modes) <= {"0:0:444", "0:0:555"}
+    assert "4321" in groups.split()
+    assert said == f"Hello from {path}"
+
+
 def test_containers_have_given_up_what_they_do_not_need_and_cannot_change_their_image(installed: Cluster) -> None:
     for pod, kept in (
         (driver.controller_pod(installed), CONTROLLER_KEEPS),
