@@ -186,6 +186,11 @@ class Situation(enum.Enum):
         "the pod of a volume is gone",
         "nothing: its volume ends with it",
     )
+    POD_ENDING = (
+        "PodEnding", Code.ABORTED, Told.LOG,
+        "the pod is being deleted, and what its volume waited for is not waited for any more",
+        "nothing: its volume ends with it",
+    )
     CACHE_UNAVAILABLE = (
         "CacheUnavailable", Code.UNAVAILABLE, Told.POD | Told.EXPRESSION,
         "a binary cache could not be reached, for a path that is not on this machine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from cknix_csi.api.attributes import PodInfo
@@ -26,6 +27,12 @@ class Pods(Protocol):
 
         Raises :class:`NotFound` when there is no such pod (any more), :class:`CknixError` when nobody can tell.
         """
+
+    def ending(self, pod: PodInfo) -> bool:
+        """True when *pod* is known to be being deleted."""
+
+    def on_ending(self, tell: Callable[[str], None]) -> None:
+        """From now on call *tell*, at once, with the uid of each pod that is deleted or gone: once or more."""
 
 
 class PodEvents(Protocol):

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -119,7 +119,11 @@ class Publisher:
         self._volume_locks = KeyedLocks()
         self._remembered: dict[Path, PublishCall] = {}
         self._waiting: set[asyncio.Timeout] = set()
+        self._unwanted: dict[asyncio.Future[None], str] = {}
+        """Of each call that waits for the end of its publish: done when its pod, by uid, is being deleted."""
         self._draining = False
+        if pods is not None:
+            pods.on_ending(self._pod_ends)
 
     async def publish(self, call: PublishCall) -> None:
         """Mount what *call* asks for.
@@ -167,21 +171,47 @@ class Publisher:
         await self._unpublishing.close()
 
     async def _within_budget(self, call: PublishCall, flight: asyncio.Task[None]) -> None:
-        """Return when *flight* has ended.  Raises :class:`InProgress` after the budget."""
+        """Return when *flight* has ended.
+
+        Raises :class:`InProgress` after the budget, and as soon as the pod is being deleted: kubelet does not unpublish
+        while it waits for our answer.
+        """
         self._listening[call] += 1
         try:
-            done, _ = await asyncio.wait({flight}, timeout=self._budget)
-            if not done and self._volumes.copying(call.volume_id, call.target) is None:
-                # What it may wait for keeps to the budget from when it began to, and has better words.
-                done, _ = await asyncio.wait({flight}, timeout=_GRACE_SECONDS)
-            if done:
+            with self._until_unwanted(call) as unwanted:
+                ends = {flight, unwanted}
+                done, _ = await asyncio.wait(ends, timeout=self._budget, return_when=asyncio.FIRST_COMPLETED)
+                if not done and self._volumes.copying(call.volume_id, call.target) is None:
+                    # What it may wait for keeps to the budget from when it began to, and has better words.
+                    done, _ = await asyncio.wait(ends, timeout=_GRACE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if flight in done:
                 return
         finally:
             self._listening[call] -= 1
             self._listening += Counter()
+        if done:
+            pod = f"pod {call.pod.namespace}/{call.pod.name}"
+            raise InProgress(f"{pod} is being deleted: volume {call.volume_id} is not waited for", Situation.POD_ENDING)
         if (words := self._volumes.copying(call.volume_id, call.target)) is not None:
             raise InProgress(f"{words}; kubelet will retry", Situation.COPYING)
         raise InProgress(f"volume {call.volume_id} is still being published at {call.target}; kubelet will retry")
+
+    @contextmanager
+    def _until_unwanted(self, call: PublishCall) -> Iterator[asyncio.Future[None]]:
+        """A future that is done when the pod of *call* is being deleted."""
+        unwanted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unwanted[unwanted] = call.pod.uid
+        try:
+            if self._pods is not None and self._pods.ending(call.pod):
+                unwanted.set_result(None)
+            yield unwanted
+        finally:
+            del self._unwanted[unwanted]
+
+    def _pod_ends(self, uid: str) -> None:
+        for unwanted, pod in self._unwanted.items():
+            if pod == uid and not unwanted.done():
+                unwanted.set_result(None)
 
     async def _publish_for(self, call: PublishCall) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -24,6 +25,8 @@ _Key = tuple[str, str]
 class _Known:
     uid: str
     host_users: bool
+    ends: bool
+    """Somebody has deleted it.  Of a static pod the API server knows no more than an image, and that may come back."""
 
 
 class PodWatch:
@@ -33,6 +36,7 @@ class PodWatch:
         self._api = api
         self._node = node
         self._known: dict[_Key, _Known] = {}
+        self._tell_ending: Callable[[str], None] = lambda uid: None
 
     async def run(self) -> NoReturn:
         """Follow the node's pods until cancelled; an API server that is away is waited for."""
@@ -56,6 +60,15 @@ class PodWatch:
             known = await self._ask(pod)
         return known.host_users
 
+    def ending(self, pod: PodInfo) -> bool:
+        """True when *pod* is being deleted, as far as the watch has shown."""
+        known = self._known.get((pod.namespace, pod.name))
+        return known is not None and known.uid == pod.uid and known.ends
+
+    def on_ending(self, tell: Callable[[str], None]) -> None:
+        """From now on call *tell* with the uid of each pod that is deleted or gone: once or more."""
+        self._tell_ending = tell
+
     async def _ask(self, pod: PodInfo) -> _Known:
         try:
             known = _parse(await self._api.get(core("pods", pod.namespace, pod.name)))
@@ -68,7 +81,10 @@ class PodWatch:
         return known
 
     def _listed(self, items: list[Json]) -> None:
-        self._known = {_key(item): _parse(item) for item in items}
+        before, self._known = self._known, {_key(item): _parse(item) for item in items}
+        gone = {known.uid for known in before.values()} - {known.uid for known in self._known.values()}
+        for uid in (*gone, *(known.uid for known in self._known.values() if known.ends)):
+            self._tell_ending(uid)
 
     def _changed(self, kind: str, body: Json) -> None:
         key, found = _key(body), _parse(body)
@@ -76,6 +92,8 @@ class PodWatch:
             self._known[key] = found
         elif self._known.get(key, found).uid == found.uid:
             self._known.pop(key, None)
+        if found.ends:
+            self._tell_ending(found.uid)
 
 
 class PodEvents:
@@ -97,14 +115,15 @@ def _key(body: Json) -> _Key:
 
 def _parse(body: Json) -> _Known:
     metadata = body["metadata"]
-    uid = (metadata.get("annotations") or {}).get(_STATIC_UID) or metadata["uid"]
-    return _Known(str(uid), (body.get("spec") or {}).get("hostUsers") is not False)
+    static = (metadata.get("annotations") or {}).get(_STATIC_UID)
+    ends = static is None and metadata.get("deletionTimestamp") is not None
+    return _Known(str(static or metadata["uid"]), (body.get("spec") or {}).get("hostUsers") is not False, ends)
 
 
 def _trimmed(body: Json) -> Json:
     """All of a pod that :func:`_key` and :func:`_parse` look at."""
     metadata = body["metadata"]
-    kept = {name: metadata[name] for name in ("namespace", "name", "uid")}
+    kept = {name: metadata.get(name) for name in ("namespace", "name", "uid", "deletionTimestamp")}
     static = (metadata.get("annotations") or {}).get(_STATIC_UID)
     annotations = {"annotations": {_STATIC_UID: static}} if static else {}
     return {"metadata": {**kept, **annotations}, "spec": {"hostUsers": (body.get("spec") or {}).get("hostUsers")}}

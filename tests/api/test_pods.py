@@ -75,6 +75,10 @@ class Pods:
         made = await self._api.create(core("pods", self.namespace), body)
         return PodInfo(name, self.namespace, mirror_of or made["metadata"]["uid"])
 
+    def begin_to_delete(self, *names: str) -> None:
+        """They stay for their grace period, which no kubelet ends."""
+        self._server.kubectl("delete", "pod", *names, "-n", self.namespace, "--wait=false")
+
     def delete(self, name: str) -> None:
         self._server.kubectl("delete", "pod", name, "-n", self.namespace, "--force", "--grace-period=0")
 
@@ -148,6 +152,30 @@ async def test_a_pod_that_comes_and_goes_is_followed(pods: Pods, node_api: Kuber
         assert await watch.host_users(second) is True
         with pytest.raises(NotFound):  # another pod of that name is not the one that was asked about
             await watch.host_users(first)
+
+
+async def test_a_pod_that_is_deleted_is_told_of_while_it_still_is_there(pods: Pods, node_api: KubernetesApi) -> None:
+    watch = PodWatch(node_api, NODE)
+    told: list[str] = []
+    watch.on_ending(told.append)
+    async with running(watch):
+        pod, later = await pods.create("web"), await pods.create("later")
+        static = await pods.create("static-node-1", mirror_of="0123456789abcdef")
+        await knows(watch, 3)
+        assert ([watch.ending(each) for each in (pod, later, static)], told) == ([False] * 3, [])
+        await asyncio.to_thread(pods.begin_to_delete, "static-node-1", "web")
+
+        async def ending() -> bool:
+            return watch.ending(pod)
+
+        await eventually(ending)
+        # Of a static pod only the image is deleted.
+        assert ([watch.ending(each) for each in (later, static)], set(told)) == ([False] * 2, {pod.uid})
+    await asyncio.to_thread(pods.delete, "later")
+    told.clear()
+    async with running(watch):
+        await knows(watch, 2)
+        assert set(told) == {pod.uid, later.uid}
 
 
 async def test_a_static_pod_is_known_by_the_uid_that_its_kubelet_has_for_it(

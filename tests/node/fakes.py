@@ -195,6 +195,20 @@ class FakePods:
         self.known: dict[str, bool | CknixError] = {}
         self.asked: list[PodInfo] = []
         self.silent = False
+        self.ended: set[str] = set()
+        """The uids of pods that are being deleted; see :meth:`end`."""
+        self._tell: Callable[[str], None] = lambda uid: None
+
+    def end(self, uid: str) -> None:
+        """Somebody deletes the pod."""
+        self.ended.add(uid)
+        self._tell(uid)
+
+    def ending(self, pod: PodInfo) -> bool:
+        return pod.uid in self.ended
+
+    def on_ending(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
 
     async def host_users(self, pod: PodInfo) -> bool:
         self.asked.append(pod)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import pytest
@@ -109,3 +110,26 @@ async def test_what_no_pod_can_have_is_refused_before_anything_is_fetched(node: 
         request.volume_context["presentation"] = "copy"
         await client.NodePublishVolume(request)
     assert node.fetcher.fetched == [OTHER]
+
+
+async def test_a_call_ends_as_soon_as_its_pod_is_deleted_and_leaves_nothing(node: NodeUnderTest) -> None:
+    node.pods.known["web"] = True
+    node.volumes.open.clear()
+    other = node.publish_request(**POD | {"csi.storage.k8s.io/pod.uid": "u-2"})
+    other.volume_id, other.target_path = "v2", str(node.target.with_name("other"))
+    async with node.running(), node.client() as client:
+        waiting = asyncio.create_task(client.NodePublishVolume(node.publish_request(**POD)))
+        stays = asyncio.create_task(client.NodePublishVolume(other))
+        while len(node.volumes.requests) < 2:
+            await asyncio.sleep(0.001)
+        node.pods.end("u-1")
+        for call in (waiting, client.NodePublishVolume(node.publish_request(**POD))):
+            with pytest.raises(GRPCError) as refused:
+                await asyncio.wait_for(call, 1)
+            assert refused.value.status is Status.ABORTED
+            assert "pod default/web is being deleted" in str(refused.value.message)
+        await client.NodeUnpublishVolume(node.unpublish_request())
+        assert not stays.done()
+        node.volumes.open.set()
+        await stays
+    assert [str(target) for target in node.volumes.mounted] == [other.target_path]
