@@ -158,7 +158,7 @@ class ClosureService:
         try:
             async with self._turns.taken():
                 fetch.waiting = False
-                log.info("fetching %s", path)
+                log.log(logging.DEBUG if self._failures.fails(path) else logging.INFO, "fetching %s", path)
                 with explained(f"take the GC root of {path}"):
                     await finish(self._fetcher.hold(path))
                 await self._fetcher.fetch(path, report)

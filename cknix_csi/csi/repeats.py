@@ -50,6 +50,10 @@ class Repeats:
             known.told = now
         return known
 
+    def fails(self, key: Hashable) -> bool:
+        """True when the latest that was told of *key* is a failure."""
+        return key in self._failing
+
     def over(self, key: Hashable) -> Repeated | None:
         """What failed of *key* until now and fails no longer."""
         return self._failing.pop(key, None)

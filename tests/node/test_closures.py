@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -222,3 +223,19 @@ async def test_a_root_that_cannot_be_removed_does_not_undo_the_fetch(caplog: pyt
 
     await ClosureService(Stuck()).ensure(HELLO, budget=10)
     assert "Read-only file system" in caplog.text
+
+
+async def test_a_fetch_that_fails_again_and_again_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    fetcher = FakeFetcher()
+    closures = ClosureService(fetcher)
+    fetcher.failure = CacheUnavailable("no cache answers")
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            with pytest.raises(CacheUnavailable):
+                await closures.ensure(HELLO, budget=10)
+        fetcher.failure = None
+        await closures.ensure(HELLO, budget=10)
+    begun, failed, fetched = [record.getMessage().split(" after ")[0] for record in caplog.records]
+    assert begun == f"fetching {HELLO}"
+    assert failed == f"fetching {HELLO} failed"
+    assert fetched.startswith(f"fetched {HELLO} in ")
