@@ -24,6 +24,8 @@ FORMATS = (TEXT, JSON)
 _ORDER = ("pod", "pod_uid", "volume", "volume_id", "closure")
 _LONGEST = 256
 _PLAIN = re.compile(r"[^\s\"=\[\]\x00-\x1f\x7f]+")
+# All of C0 and C1 but tab and newline, and what turns the direction of text round.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _work: ContextVar[dict[str, str] | None] = ContextVar("cknix_csi.logs.work", default=None)
 
 
@@ -60,11 +62,15 @@ def set_up(level: str, form: str) -> None:
 class TextFormatter(logging.Formatter):
     """``2026-11-21 12:00:00,123 INFO cknix_csi.csi.publisher: unmounted … [pod=default/web volume=nix]``.
 
-    A message is one line, whatever is in it; only a traceback behind it has more.
+    A message is one line, whatever is in it; only a traceback behind it has more.  What a terminal would obey is
+    written as Python does, since pods choose some of the words.
     """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         known = _fields_of(record)

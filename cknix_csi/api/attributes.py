@@ -49,6 +49,14 @@ EPHEMERAL = RESERVED_PREFIX + "ephemeral"
 # What external-provisioner adds to the attributes of every volume it makes.
 _PROVISIONER_IDENTITY = "storage.kubernetes.io/csiProvisionerIdentity"
 
+# What a CSI driver must be able to take is 4 KiB in all (CSI specification, "Size Limits").  Kubernetes lets a pod have
+# a megabyte, and whatever looks at each of them takes time that others wait for.
+_MOST_ATTRIBUTES = 64
+_LONGEST_KEY = 256
+_LONGEST_VALUE = 4096
+_LONGEST_TEXT = 128 * 1024
+"""Of Nix text."""
+
 # RFC 1123 subdomain and label, as the API server checks object names and namespaces.
 _OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _NAMESPACE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
@@ -117,6 +125,24 @@ def user_attributes(context: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def excessive(context: Mapping[str, str]) -> list[Problem]:
+    """What is too much in the attributes in *context*: to be asked before anything else looks at them."""
+    attributes = user_attributes(context)
+    if len(attributes) > _MOST_ATTRIBUTES:
+        return [Problem("volume attributes", f"are {len(attributes)}, and at most {_MOST_ATTRIBUTES} can be given")]
+    problems = []
+    for key, value in sorted(attributes.items()):
+        most = _LONGEST_TEXT if key in {EXPR, FLAKE_REF} else _LONGEST_VALUE
+        if len(key) > _LONGEST_KEY:
+            words = (
+                f"have a key of {len(key)} characters, and at most {_LONGEST_KEY} can be given: {_quoted(key[:40])}…"
+            )
+            problems.append(Problem("volume attributes", words))
+        elif len(value) > most:
+            problems.append(Problem(named(key), f"has {len(value)} characters, and at most {most} can be given"))
+    return problems
+
+
 def parse_source(context: Mapping[str, str], *, system: str) -> VolumeSource:
     """The closure that the attributes in *context* ask for on a node of *system*.
 
@@ -177,7 +203,8 @@ def named(key: str) -> str:
 
 
 def _quoted(key: str) -> str:
-    return f'"{key}"'
+    """Between quotes, with what is no letter or sign as Python writes it: terminals obey some of that."""
+    return f'"{key if key.isprintable() else repr(key)[1:-1]}"'
 
 
 def _unknown(key: str) -> Problem:

@@ -20,6 +20,7 @@ from cknix_csi.api.attributes import (
     RESERVED_PREFIX,
     SIZE_LIMIT,
     STORE_PATH,
+    excessive,
     named,
     parse_source,
     user_attributes,
@@ -75,6 +76,8 @@ def volume_attributes(
     *parameters* are the class's, with or without what the provisioner adds.  Raises :class:`Invalid` with every
     problem: whatever a node would refuse, unknown parameters, and unknown annotations of ours.
     """
+    if too_much := excessive(parameters):
+        raise Invalid([_renamed(problem, annotated=False) for problem in too_much])
     given = user_attributes(parameters)
     problems = [_unknown(key) for key in sorted(given.keys() - PARAMETERS)]
     problems += [

@@ -15,7 +15,7 @@ MAXIMUM = 2**63 - 1
 """What any larger amount counts as."""
 
 _QUANTITY = re.compile(
-    r"(?P<sign>[+-]?)(?P<number>[0-9]+\.?[0-9]*|\.[0-9]+)(?P<suffix>[numkMGTPE]|[KMGTPE]i|[eE](?P<exponent>[+-]?[0-9]+))?",
+    r"(?P<sign>[+-]?)(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?P<suffix>[numkMGTPE]|[KMGTPE]i|[eE](?P<exponent>[+-]?[0-9]+))?",
     re.ASCII,
 )
 _MULTIPLES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
@@ -27,8 +27,8 @@ _BIGGEST_EXPONENT = 100
 
 def parse_quantity(text: str) -> int:
     """The bytes that *text* stands for, 1 or more.  Raises ValueError, which says what may be written instead."""
-    match = _QUANTITY.fullmatch(text)
-    if match is None or len(text) > _LONGEST:
+    match = _QUANTITY.fullmatch(text) if len(text) <= _LONGEST else None
+    if match is None:
         raise ValueError(
             f"{text[:_LONGEST]!r} is not an amount of bytes; write for example 10Gi, 500Mi, 1.5G or 1e9{_hint(text)}"
         )
@@ -70,8 +70,10 @@ def _factor(suffix: str, exponent: str | None) -> Fraction:
 
 def _hint(text: str) -> str:
     """The likeliest slip: a unit as people write it elsewhere, such as 10GB, 10 GiB or 10K."""
+    if len(text) > _LONGEST:
+        return ""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtTpPeE])(i?)[bB]?\s*", text, re.ASCII)
-    if match is None or len(text) > _LONGEST:
+    if match is None:
         return ""
     number, letter, binary = match.groups()
     unit = f"{letter.upper()}i" if binary else letter.upper().replace("K", "k")

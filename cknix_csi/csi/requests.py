@@ -10,7 +10,7 @@ import enum
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cknix_csi.api.attributes import PodInfo, VolumeSource, parse_source
+from cknix_csi.api.attributes import PodInfo, VolumeSource, excessive, parse_source
 from cknix_csi.api.errors import Invalid, Problem
 from cknix_csi.api.options import VolumeOptions, parse_options
 from cknix_csi.proto.csi_pb2 import (
@@ -68,6 +68,8 @@ class PublishCall:
         # What kubelet adds to the attributes may hold tokens: only these parsers look inside.
         context = dict(request.volume_context)
         source, options = None, VolumeOptions()
+        if too_much := excessive(context):
+            raise Invalid([*problems, *too_much])
         try:
             source = parse_source(context, system=system)
         except Invalid as error:

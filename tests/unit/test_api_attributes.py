@@ -10,6 +10,7 @@ from cknix_csi.api.attributes import (
     FromStorePath,
     PodInfo,
     VolumeSource,
+    excessive,
     parse_source,
     user_attributes,
 )
@@ -256,3 +257,27 @@ def test_any_attributes_give_a_source_or_problems_that_name_their_attribute(attr
     else:
         # One namespace for all: an inline volume never reaches into another.
         assert isinstance(source, FromStorePath) or source.namespace == "shop"
+
+
+@pytest.mark.parametrize(
+    ("context", "problem"),
+    [
+        ({f"expres{number}": "" for number in range(20_000)}, "volume attributes: are 20000, and at most 64"),
+        ({"sizeLimit": "1" * 1_000_000}, 'volume attribute "sizeLimit": has 1000000 characters, and at most 4096'),
+        ({"k" * 300: "v"}, 'volume attributes: have a key of 300 characters, and at most 256 can be given: "kkk'),
+        ({"expr": "x" * 200_000}, 'volume attribute "expr": has 200000 characters, and at most 131072'),
+    ],
+)
+def test_what_is_too_much_is_told_without_a_look_at_all_of_it(context: dict[str, str], problem: str) -> None:
+    [found] = excessive(context)
+    assert str(found).startswith(problem)
+    assert len(str(found)) < 200
+
+
+def test_what_kubelet_adds_is_never_too_much() -> None:
+    assert excessive({"expr": "x" * 100_000, "csi.storage.k8s.io/serviceAccount.tokens": "t" * 1_000_000}) == []
+
+
+def test_a_terminal_obeys_nothing_that_a_key_says() -> None:
+    [problem] = problems({"expression": "hello", "\x1b[2J\n": "x"})
+    assert problem.startswith('volume attribute "\\x1b[2J\\n": is not known')

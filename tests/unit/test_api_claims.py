@@ -99,3 +99,12 @@ def test_a_bad_annotation_is_told_as_one() -> None:
 def test_the_claim_is_the_one_that_the_provisioner_names() -> None:
     assert Claim.parse(ADDED) == Claim("team", "data")
     assert Claim.parse({}) is None
+
+
+def test_a_class_cannot_say_too_much() -> None:
+    assert problems({f"expression{number}": "x" for number in range(65)}) == [
+        "StorageClass parameters: are 65, and at most 64 can be given"
+    ]
+    assert problems({"sizeLimit": "1" * 5000}) == [
+        'StorageClass parameter "sizeLimit": has 5000 characters, and at most 4096 can be given'
+    ]

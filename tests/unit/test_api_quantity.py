@@ -114,3 +114,10 @@ def test_amounts_are_written_in_the_largest_unit_that_fits_them() -> None:
     assert [format_quantity(amount) for amount in (0, 1, 1023, 1024, 1536 << 20, 10 << 30)] == [
         *("0", "1", "1023", "1Ki", "1536Mi", "10Gi")
     ]
+
+
+@pytest.mark.parametrize("text", ["1" * 1_000_000 + "x", "1" * 1_000_000, "." * 1_000_000, " " * 1_000_000])
+def test_however_long_a_text_is_it_is_refused_at_once(text: str) -> None:
+    # In time that grows with its square, this would take a day.
+    with pytest.raises(ValueError, match="is not an amount of bytes"):
+        parse_quantity(text)

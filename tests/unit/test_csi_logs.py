@@ -193,3 +193,9 @@ def test_an_unpublish_names_what_its_target_tells() -> None:
     elsewhere = NodeUnpublishVolumeRequest(volume_id="csi-1", target_path="/anywhere")
     assert names_in(elsewhere) == {"pod": "", "pod_uid": "", "volume": "", "volume_id": "csi-1"}
     assert not any(names_in(object()).values())
+
+
+def test_a_terminal_obeys_nothing_that_a_line_of_text_holds(text: list[str]) -> None:
+    log.info("a \x1b]0;owned\x07\x1b[2J b\x9b2J\u202e c\td é")
+    [line] = text
+    assert line.endswith(r"a \x1b]0;owned\x07\x1b[2J b\x9b2J\u202e c" + "\td é")
