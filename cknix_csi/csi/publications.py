@@ -1,8 +1,8 @@
 """May this volume be published here?  The table of the CSI specification, "NodePublishVolume", as pure functions.
 
-What is at a target comes from the kernel's mount table.  What else was asked for (volume id, source) is not in that
-table; it is known only for what this process published itself, and where it is not known it is not held against the
-caller.
+What is at a target comes from the kernel's mount table.  What else was asked for is not in that table: the volume id is
+in the ledger, and the source is known only for what this process published itself.  Where something is not known it is
+not held against the caller.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from cknix_csi.csi.requests import PublishCall
 from cknix_csi.volumes.volumes import Publication
 
 
-def require_same(call: PublishCall, there: Publication, remembered: PublishCall | None) -> None:
-    """Accept *call* when *there*, mounted at its target, is what it asks for.
+def require_same(call: PublishCall, there: Publication, remembered: PublishCall | None, noted: str = "") -> None:
+    """Accept *call* when *there*, mounted at its target, is what it asks for; *noted*: as which volume, if known.
 
     Raises :class:`Conflict` naming what differs.
     An Expression may have a newer result by now: a running pod keeps the closure it started with, so for an Expression
@@ -36,8 +36,9 @@ def require_same(call: PublishCall, there: Publication, remembered: PublishCall 
     limit = call.options.limit.whole() if call.options.limit else there.limit
     if limit != there.limit:
         differs.append(f"it may hold {there.limit or 'any amount'}, asked for is {limit}")
-    if remembered is not None and remembered.volume_id != call.volume_id:
-        differs.append(f"it is volume {remembered.volume_id}, asked for is volume {call.volume_id}")
+    volume_id = noted if remembered is None else remembered.volume_id
+    if volume_id and volume_id != call.volume_id:
+        differs.append(f"it is volume {volume_id}, asked for is volume {call.volume_id}")
     if remembered is not None and remembered.source != call.source and not isinstance(call.source, FromStorePath):
         differs.append(f"it was published from {remembered.source}, asked for is {call.source}")
     if remembered is not None and remembered.options.limit and not call.options.limit:

@@ -131,11 +131,13 @@ class Publisher:
         Raises :class:`InProgress` when that takes longer than the budget, and goes on.  How it ends is told to the next
         call of the same words, if nobody waits for it.
         """
-        for other in self._publishing_at(call.volume_id, call.target):
-            if other != call:
-                raise InProgress(
-                    f"volume {call.volume_id} is being published at {call.target} with other arguments; retry"
-                )
+        # Whichever of two calls about one target had to wait for the other, its answer would be out of date.
+        for other in self._publishing.running():
+            if other.target == call.target and other != call:
+                words = "with other arguments" if other.volume_id == call.volume_id else f"as volume {other.volume_id}"
+                raise InProgress(f"volume {call.volume_id} is being published at {call.target} {words}; retry")
+        if any(ending.target == call.target for ending in self._unpublishing.running()):
+            raise InProgress(f"a volume is being unpublished at {call.target}; retry")
         if (unheard := self._unheard.pop(call, None)) is not None:
             raise unheard
         flight = self._publishing.join(call, lambda: self._publish_for(call))
@@ -372,12 +374,13 @@ class Publisher:
         """True when *call* is fulfilled already.  Raises when it may not be fulfilled."""
         there = self._volumes.published(call.target)
         if there is not None:
-            require_same(call, there, self._remembered.get(call.target))
+            require_same(call, there, self._remembered.get(call.target), self._records.volume_at(call.target))
             self._remembered.setdefault(call.target, call)
             self._records.published(call, there.closure_id, there.presentation)
             logs.note(closure=there.closure_id)
             return True
-        require_only(call, self._targets(call.volume_id))
+        if call.access_mode.one_target:
+            require_only(call, self._targets(call.volume_id))
         return False
 
     def _targets(self, volume_id: str) -> list[Path]:

@@ -61,6 +61,13 @@ class Records:
             return set()
         return {Path(entry.target) for entry in self._notes.publications() if entry.volume_id == volume_id}
 
+    def volume_at(self, target: Path) -> str:
+        """The volume that is noted as mounted at *target*, whoever has mounted it; empty when that is not known."""
+        name = None if self._notes is None else self.name(target)
+        if self._notes is None or name is None:
+            return ""
+        return next((entry.volume_id for entry in self._notes.publications() if entry.target == name), "")
+
     def name(self, target: Path) -> str | None:
         """What :meth:`unpublished` is to be told once *target* is gone; None for what can be no target."""
         try:

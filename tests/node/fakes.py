@@ -35,6 +35,9 @@ class FakeVolumes:
         self.open = asyncio.Event()
         self.open.set()
         self.entered = asyncio.Event()
+        self.unmounting = asyncio.Event()
+        """Gates unpublish."""
+        self.unmounting.set()
         self.failures: list[BaseException] = []
         self.copied: str | None = None
         """What :meth:`copying` says of any volume."""
@@ -78,6 +81,7 @@ class FakeVolumes:
 
     async def unpublish(self, volume_id: str, target: Path) -> None:
         self.calls.append(f"unpublish {volume_id}")
+        await self.unmounting.wait()
         self.mounted.pop(target, None)
 
     def published(self, target: Path) -> Publication | None:

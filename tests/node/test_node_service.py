@@ -579,6 +579,41 @@ async def test_unpublish_cancels_the_publish_in_flight_and_waits_until_it_is_und
     assert node.volumes.mounted == {}
 
 
+async def test_a_volume_that_is_being_unpublished_is_not_published_meanwhile(node: NodeUnderTest) -> None:
+    async with node.running(), node.client() as client:
+        await client.NodePublishVolume(node.publish_request())
+        node.volumes.unmounting.clear()
+        first = asyncio.create_task(client.NodeUnpublishVolume(node.unpublish_request()))
+        while "unpublish v1" not in node.volumes.calls:
+            await asyncio.sleep(0.001)
+        with pytest.raises(GRPCError) as raised:
+            await client.NodePublishVolume(node.publish_request())
+        assert raised.value.status is Status.ABORTED
+        assert raised.value.message == f"a volume is being unpublished at {node.target}; retry"
+        second = asyncio.create_task(client.NodeUnpublishVolume(node.unpublish_request()))
+        node.volumes.unmounting.set()
+        await asyncio.gather(first, second)
+        assert node.volumes.mounted == {}
+        await client.NodePublishVolume(node.publish_request())
+
+
+async def test_two_volumes_at_once_at_one_target_are_not_both_published(node: NodeUnderTest) -> None:
+    node.volumes.open.clear()
+    other = node.publish_request()
+    other.volume_id = "v2"
+    async with node.running(), node.client() as client:
+        first = asyncio.create_task(client.NodePublishVolume(node.publish_request()))
+        await node.volumes.entered.wait()
+        with pytest.raises(GRPCError) as raised:
+            await client.NodePublishVolume(other)
+        assert raised.value.status is Status.ABORTED
+        node.volumes.open.set()
+        await first
+        with pytest.raises(GRPCError) as raised:
+            await client.NodePublishVolume(other)
+        assert raised.value.status is Status.ALREADY_EXISTS
+
+
 async def test_unpublish_of_one_pod_leaves_the_publish_of_another_pod_alone(node: NodeUnderTest) -> None:
     node.fetcher.open.clear()
     async with node.running(), node.client() as client:

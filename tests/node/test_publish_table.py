@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
@@ -9,6 +11,7 @@ from grpclib.exceptions import GRPCError
 from cknix_csi.csi.requests import AccessMode
 from cknix_csi.proto.csi_grpc import NodeStub
 from cknix_csi.proto.csi_pb2 import NodePublishVolumeRequest
+from cknix_csi.volumes.volumes import Publication
 from tests.node.conftest import NodeUnderTest
 from tests.node.fakes import HELLO, OTHER
 
@@ -55,6 +58,29 @@ async def test_a_second_publish_is_answered_as_the_table_says(node: NodeUnderTes
         assert await answer(client, elsewhere) is OTHER_TARGET[mode]
         await client.NodeUnpublishVolume(node.unpublish_request())
         assert await answer(client, elsewhere) is Status.OK
+
+
+async def test_the_pods_of_one_claim_do_not_make_each_other_wait(
+    node: NodeUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+    look = node.volumes.published
+
+    def counted(target: Path) -> Publication | None:
+        nonlocal looks
+        looks += 1
+        return look(target)
+
+    monkeypatch.setattr(node.volumes, "published", counted)
+    counts = []
+    async with node.running(), node.client() as client:
+        for number in range(20):
+            request = node.publish_request()
+            request.target_path += f"-{number}"
+            looks = 0
+            await client.NodePublishVolume(request)
+            counts.append(looks)
+    assert set(counts[1:]) == {counts[0]}
 
 
 async def test_as_much_as_the_specification_allows_is_taken(node: NodeUnderTest) -> None:

@@ -58,6 +58,11 @@ def test_another_volume_at_the_same_target_is_a_conflict_that_names_what_differs
 def test_another_volume_id_is_a_conflict_where_it_is_known() -> None:
     with pytest.raises(Conflict, match="it is volume v1, asked for is volume v2"):
         require_same(call(volume_id="v2"), Publication(HELLO.basename, writable=False), call())
+    # By the ledger, after a restart.
+    there = Publication(HELLO.basename, writable=False)
+    require_same(call(), there, None, "v1")
+    with pytest.raises(Conflict, match="it is volume v0, asked for is volume v1"):
+        require_same(call(), there, None, "v0")
 
 
 def test_another_expression_is_a_conflict_where_it_is_known() -> None:
