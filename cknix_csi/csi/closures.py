@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakSet
@@ -63,7 +63,10 @@ class _Fetch:
 
 
 class ClosureService:
-    """Fetches closures; a fetch outlives the RPC that asked for it, and all that ask for the same path share it."""
+    """Fetches closures; a fetch outlives the RPC that asked for it, and all that ask for the same path share it.
+
+    One that nobody wants any more goes on, since its closure may be wanted again, until somebody waits for its turn.
+    """
 
     def __init__(self, fetcher: Fetcher, room: Room = NO_MATTER, *, patience: float = PATIENCE_SECONDS) -> None:
         """*room* is told when a fetch finds the disk full, whoever waits for it.
@@ -78,6 +81,8 @@ class ClosureService:
         """Found damaged, and not being fetched since."""
         self._missing: WeakSet[asyncio.Task[None]] = WeakSet()
         """Flights that have found their path missing."""
+        self._wanted: dict[StorePath, set[Hashable]] = {}
+        """By whom what is not here yet is wanted, also between two calls."""
         self._failures = Repeats()
         self._turns = Turns(AT_ONCE, beside=BESIDE, patience=patience)
         self._closing = False
@@ -98,27 +103,43 @@ class ClosureService:
         budget: float,
         waiting: OnWait = untold,
         missing: Callable[[], None] = lambda: None,
+        who: Hashable | None = None,
     ) -> None:
         """Return when *path* is in the store, at once if it is already; *waiting* hears of the fetch.
 
-        *missing* is called before this ends in any way, when the path was not there and had to be fetched.
+        *missing* is called before this ends in any way, when the path was not there and had to be fetched.  *who* goes
+        on wanting the path when the time is up, until :meth:`unwanted`; without it, it is wanted in this call only.
         Raises :class:`InProgress` after *budget* seconds, while the fetch goes on; and whatever the fetch raises, to
         all that wait for it.  A failure is not remembered: the next call tries again.
         """
-        if self._closing:
-            raise shutting_down(f"fetching {path}")
-        flight = self._flights.join(path, lambda: self._bring(path))
-        waiting(Situation.FETCHING, lambda: self._words(path))
-        try:
-            done, _ = await asyncio.wait({flight}, timeout=max(budget, 0))
-        finally:
-            if flight in self._missing:
-                missing()
-        if not done:
-            raise InProgress(f"{self._words(path)}; kubelet will retry", Situation.FETCHING)
-        if flight.cancelled():
-            raise shutting_down(f"fetching {path}")
-        flight.result()
+        wanted_by = object() if who is None else who
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + budget
+        while True:
+            if self._closing:
+                raise shutting_down(f"fetching {path}")
+            self._wanted.setdefault(path, set()).add(wanted_by)
+            flight = self._flights.join(path, lambda: self._bring(path))
+            waiting(Situation.FETCHING, lambda: self._words(path))
+            try:
+                done, _ = await asyncio.wait({flight}, timeout=max(deadline - clock(), 0))
+            finally:
+                if flight in self._missing:
+                    missing()
+                if who is None or flight.done():
+                    self._want_no_more(path, wanted_by)
+            if not done:
+                raise InProgress(f"{self._words(path)}; kubelet will retry", Situation.FETCHING)
+            if not flight.cancelled():
+                flight.result()
+                return
+            # It was making way, as nobody had wanted it: begin anew.
+
+    def unwanted(self, who: Hashable) -> None:
+        """*who* wants nothing any more."""
+        for path in [path for path, wanted_by in self._wanted.items() if who in wanted_by]:
+            self._want_no_more(path, who)
+        self._make_way()
 
     async def restore(self, path: StorePath, *, budget: float, waiting: OnWait = untold) -> None:
         """As :meth:`ensure`, for a *path* that counts as valid but has been found damaged: it is fetched in any case.
@@ -136,6 +157,22 @@ class ClosureService:
         self._closing = True
         await self._flights.close()
 
+    def _want_no_more(self, path: StorePath, who: Hashable) -> None:
+        wanted_by = self._wanted.get(path, set())
+        wanted_by.discard(who)
+        if not wanted_by:
+            self._wanted.pop(path, None)
+
+    def _make_way(self) -> None:
+        """End fetches that nobody wants, as many as wait for their turn, and those that wait themselves."""
+        idle = [path for path in self._fetches if path not in self._wanted]
+        queue = [path for path, fetch in self._fetches.items() if fetch.waiting]
+        needed = sum(path in self._wanted for path in queue)
+        running = [path for path in idle if path not in queue]
+        for path in [*(path for path in idle if path in queue), *running[:needed]]:
+            log.info("fetching %s is given up, since nobody wants it any more and others wait", path)
+            self._flights.end(path)
+
     async def _bring(self, path: StorePath) -> None:
         # It is for whoever needs the path, not for the volume that asked first.
         with logs.about({"closure": path.basename}):
@@ -151,6 +188,8 @@ class ClosureService:
         if (flight := asyncio.current_task()) is not None:
             self._missing.add(flight)
         began = time.time()
+        if self._turns.are_taken:
+            self._make_way()
 
         def report(progress: Progress) -> None:
             fetch.progress = progress

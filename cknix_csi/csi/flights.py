@@ -33,6 +33,11 @@ class Flights(Generic[K]):
         """Keys of the tasks that run now."""
         return list(self._tasks)
 
+    def end(self, key: K) -> None:
+        """Cancel the task of *key*, if there is one; it ends by itself."""
+        if (task := self._tasks.get(key)) is not None:
+            task.cancel()
+
     async def cancel(self, key: K) -> None:
         """Cancel the task of *key*, if there is one, and wait until it has undone what it began."""
         task = self._tasks.get(key)

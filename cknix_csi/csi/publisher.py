@@ -331,6 +331,7 @@ class Publisher:
         started = time.monotonic()
         for publishing in self._publishing_at(call.volume_id, call.target):
             await self._publishing.cancel(publishing)
+        self._closures.unwanted((call.volume_id, call.target))
         for unheard in [publish for publish in self._unheard if publish.target == call.target]:
             del self._unheard[unheard]
         async with self._volume_locks.hold(call.volume_id):
@@ -353,7 +354,8 @@ class Publisher:
                 root = await self._resolver.resolve(call.source, budget=deadline - clock(), waiting=waiting)
                 logs.note(closure=root.basename)
                 budget = deadline - clock()
-                await self._closures.ensure(root, budget=budget, waiting=waiting, missing=found.is_missing)
+                wants = (call.volume_id, call.target)
+                await self._closures.ensure(root, budget=budget, waiting=waiting, missing=found.is_missing, who=wants)
         found.is_here()
         return root
 

@@ -23,6 +23,11 @@ class Turns:
         """Those that take longer and still hold a turn, since there is no room beside."""
         self.running = 0
 
+    @property
+    def are_taken(self) -> bool:
+        """True when who comes now has to wait."""
+        return self._turns.locked()
+
     @asynccontextmanager
     async def taken(self) -> AsyncIterator[None]:
         """Wait for a turn, and hold it inside the block."""

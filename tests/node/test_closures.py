@@ -239,3 +239,61 @@ async def test_a_fetch_that_fails_again_and_again_is_told_once(caplog: pytest.Lo
     assert begun == f"fetching {HELLO}"
     assert failed == f"fetching {HELLO} failed"
     assert fetched.startswith(f"fetched {HELLO} in ")
+
+
+async def test_fetches_that_nobody_wants_any_more_make_way_for_others_and_only_then() -> None:
+    fetcher = FakeFetcher()
+    fetcher.open.clear()
+    closures = ClosureService(fetcher)
+    paths = [StorePath.parse(f"/nix/store/{'1' * 32}-p{number}") for number in range(AT_ONCE + 1)]
+    for number, path in enumerate(paths[:-1]):
+        with pytest.raises(InProgress):
+            await closures.ensure(path, budget=0.01, who=f"pod {number}")
+    closures.unwanted("pod 0")
+    closures.unwanted("pod 1")
+    assert closures.count() == (AT_ONCE, 0)  # they do no harm
+    late = asyncio.create_task(closures.ensure(paths[-1], budget=10, who="late"))
+    async with asyncio.timeout(10):
+        while paths[-1] not in fetcher.fetched:
+            await asyncio.sleep(0.001)
+    assert closures.count() == (AT_ONCE, 0)  # one has ended
+    again = asyncio.create_task(closures.ensure(paths[0], budget=10, who="again"))
+    fetcher.open.set()
+    await asyncio.gather(late, again)
+    await closures.close()
+
+
+async def test_a_fetch_that_is_wanted_again_while_it_makes_way_is_begun_anew() -> None:
+    fetcher = FakeFetcher()
+    fetcher.open.clear()
+    closures = ClosureService(fetcher)
+    paths = [StorePath.parse(f"/nix/store/{'1' * 32}-p{number}") for number in range(AT_ONCE + 1)]
+    for path in paths[:-1]:
+        with pytest.raises(InProgress):
+            await closures.ensure(path, budget=0.01, who=path)
+    late = asyncio.create_task(closures.ensure(paths[-1], budget=10, who="late"))
+    await asyncio.sleep(0.01)
+    assert closures.count() == (AT_ONCE, 1)
+    closures.unwanted(paths[0])
+    again = asyncio.create_task(closures.ensure(paths[0], budget=10, who="again"))
+    await asyncio.sleep(0.01)
+    fetcher.open.set()
+    await asyncio.gather(late, again)
+    assert fetcher.fetched.count(paths[0]) == 2
+    await closures.close()
+
+
+async def test_one_that_still_waits_for_its_turn_is_given_up_at_once() -> None:
+    fetcher = FakeFetcher()
+    fetcher.open.clear()
+    closures = ClosureService(fetcher)
+    paths = [StorePath.parse(f"/nix/store/{'1' * 32}-p{number}") for number in range(AT_ONCE + 1)]
+    for path in paths:
+        with pytest.raises(InProgress):
+            await closures.ensure(path, budget=0.01, who=path)
+    assert closures.count() == (AT_ONCE, 1)
+    closures.unwanted(paths[-1])
+    await asyncio.sleep(0.01)
+    assert closures.count() == (AT_ONCE, 0)
+    fetcher.open.set()
+    await closures.close()
