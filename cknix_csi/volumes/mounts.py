@@ -84,8 +84,8 @@ class KernelMounts:
             return bool(syscalls.statx_attributes(path) & syscalls.STATX_ATTR_MOUNT_ROOT)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        except OSError:  # such as ENOTCONN: what is mounted there has lost its server
-            return True
+        except OSError as error:  # such as ENOTCONN: what is mounted there has lost its server
+            return error.errno != errno.ENAMETOOLONG
 
     def overlay(self, target: str, *, source: str, lower: Sequence[str], upper: Upper | None) -> None:
         with explained(f"mount an overlay at {target}", MountFailed):

@@ -36,6 +36,10 @@ def check(path: str) -> None:
             return
         except NotADirectoryError:
             raise TargetUnusable(f"a parent of target path {path!r} is not a directory") from None
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise TargetUnusable(f"target path {path[:64]!r}… is too long, or a name in it") from None
         if not stat.S_ISDIR(found.st_mode):
             raise TargetUnusable(f"target path {path!r} is {_kind(found)}, not a directory; remove it")
         with os.scandir(path) as entries:
@@ -74,6 +78,8 @@ def remove(path: str) -> None:
                 f"target path {path!r} is {kind}, not a directory; this driver did not make it"
             ) from None
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # nothing can be there
+                return
             if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
                 raise
             raise TargetUnusable(

@@ -226,6 +226,16 @@ async def test_any_volume_id_works_and_stays_in_its_place(node: Node, volume_id:
     assert await node.left() == []
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "/".join(["d" * 200] * 25)], ids=["a name", "a path"])
+async def test_a_target_that_is_too_long_is_refused_and_holds_nothing(node: Node, name: str) -> None:
+    target = node.pods / name
+    with pytest.raises(TargetUnusable, match="too long"):
+        await node.volumes.publish(PublishRequest("v", target, node.small, writable=False))
+    await node.volumes.unpublish("v", target)
+    assert node.volumes.published(target) is None
+    assert await node.left() == []
+
+
 async def test_a_parent_that_is_a_link_is_followed(node: Node) -> None:
     (node.scratch / "kubelet").symlink_to(node.pods)
     request = PublishRequest("v", node.scratch / "kubelet/a", node.small, writable=True)
