@@ -49,11 +49,13 @@ class Waits:
         def on_wait(situation: Situation, words: Callable[[], str]) -> None:
             nonlocal waiting, said, timer
             said = words
-            if situation is waiting or situation in self._told.get((call.volume_id, call.target), ()):
+            if situation is waiting:
                 return
             waiting = situation
             if timer is not None:
                 timer.cancel()
+            if situation in self._told.get((call.volume_id, call.target), ()):
+                return
             timer = loop.call_later(TELL_AFTER_SECONDS, tell, situation)
 
         try:

@@ -8,13 +8,15 @@ import pytest
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
-from cknix_csi.api.errors import CacheUnavailable, PathUntrusted
+from cknix_csi.api.errors import CacheUnavailable, InProgress, PathUntrusted
 from cknix_csi.api.expression import RUNNING, SUCCEEDED
+from cknix_csi.api.situations import Situation
 from cknix_csi.csi import waiting
+from cknix_csi.csi.requests import PublishCall
 from cknix_csi.proto.csi_grpc import NodeStub
 from cknix_csi.proto.csi_pb2 import NodePublishVolumeRequest
 from tests.node.conftest import LIMIT, NodeUnderTest
-from tests.node.fakes import HELLO, OTHER, SYSTEM, expression
+from tests.node.fakes import HELLO, OTHER, SYSTEM, FakeEvents, expression
 
 POD = {
     "csi.storage.k8s.io/pod.name": "web",
@@ -153,3 +155,20 @@ async def test_who_waits_for_nothing_is_told_nothing(node: NodeUnderTest) -> Non
         node.volumes.open.set()
         await call
     assert node.events.posted == []
+
+
+async def test_what_was_over_before_it_was_told_is_not_told_later(node: NodeUnderTest) -> None:
+    events = FakeEvents()
+    waits = waiting.Waits(events)
+    call = PublishCall.parse(node.publish_request(), system=SYSTEM)
+    with pytest.raises(InProgress), waits.of(call) as on_wait:
+        on_wait(Situation.FETCHING, lambda: "fetching")
+        await asyncio.sleep(0.05)
+        raise InProgress("later")
+    with waits.of(call) as on_wait:
+        on_wait(Situation.WAITING_FOR_EXPRESSION, lambda: "no result")
+        on_wait(Situation.FETCHING, lambda: "fetching again")
+        await asyncio.sleep(0.05)
+    assert [(reason, message) for _, reason, message in events.posted] == [
+        ("Fetching", f'volume "{call.volume_id}" has to wait: fetching')
+    ]
