@@ -102,6 +102,8 @@ def parser() -> argparse.ArgumentParser:
     )
     volumes.add_argument("--json", action="store_true", help="a JSON array instead of a table")
     _data_root(volumes, what="the daemon's data root")
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return top
 
 
@@ -127,7 +129,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if unknown:
         # An option of the command, taken for one of ours.
         remedy = "; put -- before the command" if getattr(options, "argv", None) else ""
-        top.error(f"unrecognized arguments: {' '.join(unknown)}{remedy}")
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{remedy}")
     return options
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cknix_csi import __version__, logs
-from cknix_csi.api.errors import CknixError
+from cknix_csi.beside import Helper, beside
 from cknix_csi.nix.closures import StoreClosures
 from cknix_csi.nix.collection import Collector
 from cknix_csi.nix.demo import search_path
 from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.nix import Nix, NixOptions, has_build_users
-from cknix_csi.nix.residence import clear_out, move_in
+from cknix_csi.nix.residence import AbandonedStore, move_in
 from cknix_csi.nix.store import Store
 from cknix_csi.privileges import CONTROLLER_KEEPS, NODE_KEEPS, give_up_all_but
 from cknix_csi.settings import (
@@ -34,6 +37,8 @@ from cknix_csi.settings import (
 
 # A predecessor may still be stopping its builds.
 _PATIENCE_SECONDS = 60.0
+# Some programs close all that they may have open, one by one: not more, whatever the container may have.
+_DESCRIPTORS = 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +47,7 @@ def controller(environment: Mapping[str, str]) -> int:
     """Run the controller until SIGTERM; returns the exit code.  Raises ``Invalid`` for bad settings."""
     settings = controller_settings(environment)
     logs.set_up(settings.log_level, settings.log_format)
+    take_descriptors()
     _log.info("cknix %s controller, data root %s", __version__, settings.nix.data_root)
     if not settings.keep_capabilities:
         give_up_all_but(CONTROLLER_KEEPS)
@@ -53,6 +59,7 @@ def node(environment: Mapping[str, str]) -> int:
     """Run the node daemon until SIGTERM; returns the exit code.  Raises ``Invalid`` for bad settings."""
     settings = node_settings(environment)
     logs.set_up(settings.log_level, settings.log_format)
+    take_descriptors()
     _log.info("cknix %s on node %s, data root %s", __version__, settings.node_name, settings.nix.data_root)
     if not settings.keep_capabilities:
         give_up_all_but(NODE_KEEPS)
@@ -64,6 +71,7 @@ def provisioner(environment: Mapping[str, str]) -> int:
     """Serve volumes for claims until SIGTERM; returns the exit code.  Raises ``Invalid`` for bad settings."""
     settings = provisioner_settings(environment)
     logs.set_up(settings.log_level, settings.log_format)
+    take_descriptors()
     _log.info("cknix %s provisioner, records in namespace %s", __version__, settings.namespace)
     asyncio.run(_until_stopped(lambda stop: _provisioner(settings, stop)))
     return 0
@@ -102,22 +110,25 @@ async def _controller(settings: ControllerSettings, stop: asyncio.Event) -> None
     roots = GcRoots(nix.store, "expressions", outlasting=True)
     monitoring = ControllerMonitoring(settings.nix.data_root)
     housekeeping = Housekeeping(
-        store=monitoring.measured(Collector(nix.store, settings.nix.data_root / "home")),
+        store=monitoring.measured(Collector(nix.store, settings.nix.data_root / "home", unsynced=nix.unsynced)),
         watermarks=settings.watermarks,
         released=lambda: roots.removed,
     )
     held = HeldEvaluations(nix, housekeeping.out_of_space)
     await held.start()
 
-    def serve(key: KeyPair) -> Coroutine[Any, Any, None]:
+    async def serve(key: KeyPair) -> None:
         host, port = settings.cache_host, settings.cache_port
-        return serve_cache(nix.store, key, host=host, port=port, observer=monitoring.cache)
+        await nix.unsynced.survived()
+        await serve_cache(nix.store, key, host=host, port=port, observer=monitoring.cache)
 
-    async with connect() as api:
+    async with AsyncExitStack() as kept:
+        kept.push_async_callback(nix.close)
+        api = await kept.enter_async_context(connect())
         dependencies = Dependencies(
             api=api,
             nix=held,
-            closures=StoreClosures(nix.store),
+            closures=StoreClosures(nix.store, unsynced=nix.unsynced),
             roots=roots,
             serve_cache=serve,
             generate_key=generate_key,
@@ -132,8 +143,11 @@ async def _controller(settings: ControllerSettings, stop: asyncio.Event) -> None
             metrics_page=monitoring.exposition.page,
         )
         instance = os.environ.get("HOSTNAME", "cknix-controller")
-        helpers = [housekeeping.run(), monitoring.exposition.watch_loop()]
-        await _beside(helpers, run_controller(dependencies, stop, instance=instance))
+        helpers: dict[str, Helper] = {
+            "housekeeping": housekeeping.run,
+            "measuring the event loop": monitoring.exposition.watch_loop,
+        }
+        await beside(helpers, run_controller(dependencies, stop, instance=instance))
 
 
 async def _node(settings: NodeSettings, stop: asyncio.Event) -> None:
@@ -164,8 +178,12 @@ async def _node(settings: NodeSettings, stop: asyncio.Event) -> None:
     volumes = Volumes(data_root, closures, keep_warm=keep_warm)
     ledger = Ledger(data_root / FILE)
     monitoring = NodeMonitoring(data_root, volumes, ledger)
+    abandoned = AbandonedStore(
+        data_root / CONTROLLER, volumes, node=settings.node_name, keep=settings.abandoned_seconds
+    )
+    collector = Collector(nix.store, data_root / "home", unsynced=nix.unsynced)
     housekeeping = Housekeeping(
-        store=monitoring.measured(Collector(nix.store, data_root / "home")),
+        store=monitoring.measured(abandoned.before(collector)),
         uses=ledger,
         volumes=volumes,
         watermarks=settings.watermarks,
@@ -204,23 +222,22 @@ async def _node(settings: NodeSettings, stop: asyncio.Event) -> None:
                 await dependencies.in_order.wait()
                 await housekeeping.run()
 
-            async def clear_out_controller(node: str) -> None:
-                if node != settings.node_name:
-                    await volumes.throw_away(lambda take: clear_out(data_root / CONTROLLER, take))
-
-            await _beside(
-                [
-                    watch.run(),
-                    pods.run(),
-                    events.run(),
-                    keep_room(),
-                    monitoring.exposition.watch_loop(),
-                    follow_controller(api, settings.namespace, clear_out_controller),
-                ],
+            await beside(
+                {
+                    "following Expressions": watch.run,
+                    "following the node's pods": pods.run,
+                    "posting Events": events.run,
+                    "housekeeping": keep_room,
+                    "measuring the event loop": monitoring.exposition.watch_loop,
+                    "following the controller": partial(
+                        follow_controller, api, settings.namespace, abandoned.controller_is_on
+                    ),
+                },
                 run_node(dependencies, stop),
             )
     finally:
         await volumes.close()
+        await nix.close()
 
 
 async def _provisioner(settings: ProvisionerSettings, stop: asyncio.Event) -> None:
@@ -238,7 +255,22 @@ async def _provisioner(settings: ProvisionerSettings, stop: asyncio.Event) -> No
             observe=monitoring.calls.rpc,
             readiness=monitoring.readiness,
         )
-        await _beside([monitoring.exposition.watch_loop()], serving)
+        await beside({"measuring the event loop": monitoring.exposition.watch_loop}, serving)
+
+
+def take_descriptors() -> None:
+    """Allow this process as many open files as it may allow itself: 1024 are fewer than clients and Nix can need.
+
+    What Nix runs inherits that, as it does from nix-daemon's own unit, which has the same limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError) as error:
+        _log.warning("the limit of %d open files cannot be raised to %d: %s", soft, wanted, error)
 
 
 def _close_to_others(directory: Path) -> None:
@@ -248,18 +280,6 @@ def _close_to_others(directory: Path) -> None:
         directory.chmod(0o700)
     except OSError as error:
         _log.warning("%s cannot be had for this process alone: %s", directory, error.strerror)
-
-
-async def _beside(helpers: Sequence[Coroutine[Any, Any, None]], work: Coroutine[Any, Any, None]) -> None:
-    """Run *work* to its end, and *helpers* as long; what any of them raises is raised, alone and not in a group."""
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            helping = [tasks.create_task(helper) for helper in helpers]
-            await tasks.create_task(work)
-            for task in helping:
-                task.cancel()
-    except* CknixError as group:
-        raise group.exceptions[0] from None
 
 
 async def _until_stopped(role: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:

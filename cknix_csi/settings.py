@@ -25,6 +25,8 @@ from cknix_csi.api.watermarks import Watermark, Watermarks
 
 T = TypeVar("T")
 
+ANY = "::"
+"""The host that stands for all addresses of the machine: of IPv6 and of IPv4, or of IPv4 where that is all it has."""
 DRIVER_NAME = "csi.cknix.cool"
 DATA_ROOT = Path("/var/lib/cknix")
 CONTROLLER = "controller"
@@ -32,7 +34,7 @@ CONTROLLER = "controller"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _STORE_PATHS = tuple(policy.value for policy in StorePaths)
-_METRICS: tuple[str, int] | None = ("0.0.0.0", 9808)  # noqa: S104 - a pod's own network namespace
+_METRICS: tuple[str, int] | None = (ANY, 9808)  # in a pod's own network namespace
 _KUBELET_SECONDS = 120
 _MAX_SECONDS = 366 * 86_400
 # sizeof(sockaddr_un.sun_path) without the final NUL: unix(7).
@@ -69,6 +71,8 @@ class NodeSettings:
     keep_warm: int
     """How many views stay when their last pod is gone; 0 for none."""
     keep_warm_seconds: float
+    abandoned_seconds: float
+    """How long the store of a controller that has moved to another node is kept."""
     watermarks: Watermarks
     """Of the data root's disk."""
     keep_capabilities: bool
@@ -122,6 +126,7 @@ def node_settings(environment: Mapping[str, str]) -> NodeSettings:
         store_paths=StorePaths(read("CKNIX_STORE_PATHS", _choice(_STORE_PATHS), StorePaths.ALLOW.value)),
         keep_warm=read("CKNIX_KEEP_WARM", _count, 0),
         keep_warm_seconds=read("CKNIX_KEEP_WARM_TIME", _seconds, 600.0),
+        abandoned_seconds=read("CKNIX_ABANDONED_STORE_TIME", _seconds_or_none, 604_800.0),
         watermarks=_watermarks(read),
         keep_capabilities=_keep_capabilities(read),
         metrics=read("CKNIX_METRICS_LISTEN", _listen_or_off, _METRICS),
@@ -136,7 +141,7 @@ def controller_settings(environment: Mapping[str, str]) -> ControllerSettings:
     """Raises :class:`Invalid` with every problem."""
     read = _Reader(environment)
     namespace = read("CKNIX_NAMESPACE", _namespace, "cknix-system")
-    host, port = read("CKNIX_CACHE_LISTEN", _listen, ("0.0.0.0", 8080))  # noqa: S104 - a pod's own network namespace
+    host, port = read("CKNIX_CACHE_LISTEN", _listen, (ANY, 8080))  # in a pod's own network namespace
     settings = ControllerSettings(
         nix=_nix(read, DATA_ROOT / CONTROLLER),
         namespace=namespace,
@@ -302,6 +307,10 @@ def _seconds(text: str) -> float:
     return float(seconds)
 
 
+def _seconds_or_none(text: str) -> float:
+    return 0.0 if text in {"0", "0s"} else _seconds(text)
+
+
 def _rpc_budget(text: str) -> float:
     seconds = _seconds(text)
     if seconds >= _KUBELET_SECONDS:
@@ -352,7 +361,7 @@ def _listen(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
         raise ValueError("must be host:port, for example 0.0.0.0:8080")
-    return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104
+    return host.strip("[]") or ANY, int(port)
 
 
 def _listen_or_off(text: str) -> tuple[str, int] | None:

@@ -311,6 +311,11 @@ class Situation(enum.Enum):
         "a derivation did not build",
         "correct the Expression; the message holds the end of the build's log",
     )
+    RESULT_LOST = (
+        "ResultLost", Code.NOT_FOUND, Told.POD | Told.EXPRESSION | Told.LOG,
+        "the controller's store has lost a result, most often by a move to another node, and no substituter has it",
+        "move the controller back, correct the Expression, or have it built anew; nodes that have it go on using it",
+    )
     BUILD_KILLED = (
         "BuildKilled", Code.UNAVAILABLE, Told.EXPRESSION | Told.LOG,
         "the kernel or somebody killed a build, most often for want of memory",
@@ -354,7 +359,7 @@ class Situation(enum.Enum):
     REGISTRATION_REFUSED = (
         "RegistrationRefused", Code.FAILED_PRECONDITION, Told.LOG,
         "kubelet does not take the driver",
-        "the message holds kubelet's reason; the daemon ends and is started again",
+        "the message says why, often that kubelet has no API server; the daemon offers itself until it is taken",
     )
     SOCKET_UNAVAILABLE = (
         "SocketUnavailable", Code.FAILED_PRECONDITION, Told.LOG,

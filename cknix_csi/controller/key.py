@@ -126,15 +126,20 @@ async def _read_or_make(api: Api, namespace: str, generate: Callable[[str], KeyP
 async def publish_config(api: Api, namespace: str, url: str, public_key: str, node: str) -> NoReturn:
     """Keep the ConfigMap that nodes read as it must be, for ever; *node* is where this controller runs."""
     backoff = Backoff(first=0.5, cap=REAPPLY_SECONDS)
+    data = {cacheconfig.URL: url, cacheconfig.PUBLIC_KEY: public_key, controllerplace.NODE: node}
     body: Json = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": cacheconfig.NAME, "namespace": namespace, "labels": LABELS},
-        "data": {cacheconfig.URL: url, cacheconfig.PUBLIC_KEY: public_key, controllerplace.NODE: node},
+        "data": data,
     }
     while True:
         try:
             path = core("configmaps", namespace, cacheconfig.NAME)
+            if controllerplace.BEFORE not in data and (
+                before := await controllerplace.place_before(api, namespace, node)
+            ):
+                data[controllerplace.BEFORE] = before
             # Forced: whatever tool wrote other values before, the running key is the true one.
             await api.patch(path, body, kind=APPLY_PATCH, query={"force": "true"})
             backoff.reset()

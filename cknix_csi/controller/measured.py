@@ -8,6 +8,7 @@ from functools import partial
 
 from cknix_csi.api.expression import Data
 from cknix_csi.api.progress import Progress
+from cknix_csi.api.storepath import StorePath
 from cknix_csi.controller.ports import Nix
 from cknix_csi.metrics.ports import ControllerMetrics, Work
 from cknix_csi.metrics.timing import timed
@@ -28,6 +29,9 @@ class MeasuredNix:
     async def build(self, evaluation: Evaluation, *, progress: Callable[[Progress], None]) -> None:
         with self._measured("build"):
             await self._inner.build(evaluation, progress=progress)
+
+    async def substitute(self, path: StorePath) -> None:
+        await self._inner.substitute(path)
 
     @contextmanager
     def _measured(self, work: Work) -> Iterator[None]:

@@ -17,6 +17,7 @@ from cknix_csi.metrics.pages import Page
 from cknix_csi.metrics.ports import ControllerMetrics
 from cknix_csi.nix.cache.signing import KeyPair
 from cknix_csi.nix.nix import Evaluation
+from cknix_csi.settings import ANY
 
 
 class Nix(Protocol):
@@ -27,6 +28,9 @@ class Nix(Protocol):
 
     async def build(self, evaluation: Evaluation, *, progress: Callable[[Progress], None]) -> None:
         """Makes the result valid.  Raises ``BuildFailed`` or ``DeadlineExceeded``."""
+
+    async def substitute(self, path: StorePath) -> None:
+        """Makes *path* valid without building anything.  Raises ``BuildFailed`` when no substituter has it."""
 
 
 class Closures(Protocol):
@@ -66,8 +70,10 @@ class Options:
     retry_first: float = 5.0
     """Seconds before the first retry after a failure of the infrastructure; then growing, jittered."""
     retry_cap: float = 300.0
-    health: tuple[str, int] | None = ("0.0.0.0", 8081)  # noqa: S104 - a pod's own network namespace
+    health: tuple[str, int] | None = (ANY, 8081)  # in a pod's own network namespace
     """Host and port of ``/livez`` and ``/metrics``."""
+    check_seconds: float = 3600.0
+    """How often the store is looked at for results that it has lost."""
     lease: Timing = field(default_factory=Timing)
     """How two controllers take turns."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -24,27 +25,30 @@ from cknix_csi.api.errors import (
     NotFound,
     PathUntrusted,
 )
-from cknix_csi.api.expression import BUILT, EVALUATED, GROUP, PUBLISHED, SUCCEEDED, Spec
+from cknix_csi.api.expression import BUILT, EVALUATED, PUBLISHED, SUCCEEDED, Spec
 from cknix_csi.api.progress import Progress, humanise
 from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.controller import status as states
+from cknix_csi.controller.failing import Failing
 from cknix_csi.controller.nodes import ClusterSystems
 from cknix_csi.controller.ports import Closures, Nix, Options, Roots
 from cknix_csi.controller.queue import BuildQueue
-from cknix_csi.controller.roots import add_all, keep_only, root_name
-from cknix_csi.controller.status import ExpressionStatus, Result
+from cknix_csi.controller.roots import add_all, make_exactly, root_name
+from cknix_csi.controller.status import REBUILD_ANNOTATION, ExpressionStatus, Loss, Result, Root
 from cknix_csi.controller.writer import StatusWriter, Superseded
-from cknix_csi.kube.api import Api
+from cknix_csi.kube.api import Api, ApiError
 from cknix_csi.kube.backoff import Backoff
+from cknix_csi.kube.controllerplace import place_before
 from cknix_csi.kube.events import EventRecorder, Subject
 from cknix_csi.metrics.ports import ControllerMetrics
 from cknix_csi.nix.fetcherrors import PathCollected
 from cknix_csi.nix.nix import Evaluation
 
-REBUILD_ANNOTATION = f"{GROUP}/rebuild"
 _MAX_REBUILD = 128
 _MAX_LOGGED = 500
+# How many lost results are looked for at substituters at once.
+_SEEKERS = 2
 
 # Trying again would end the same way: the user has something to change.
 FINAL = (Invalid, EvaluationFailed, BuildFailed, DeadlineExceeded, PathUntrusted, NotFound)
@@ -68,6 +72,8 @@ class Services:
     options: Options
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     metrics: ControllerMetrics = field(default_factory=ControllerMetrics)
+    seeking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_SEEKERS))
+    """Held while a lost result is looked for at substituters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,19 @@ class Reconciliation:
         self._services = services
         self._writer = StatusWriter(services.api, wanted.subject, wanted.generation)
         self._step = EVALUATED
+        self._being_built: dict[str, StorePath] = {}
+        """Roots of what no status names yet."""
+        self._failing = Failing()
+        self._cause = ""
+        """Why the last try was not the end of it, while another one is made."""
+        self._losses: dict[StorePath, Loss] = {}
+        """How results were lost, as it looked when they were first missed."""
+        self._sought: set[StorePath] = set()
+        """Lost results that no substituter need be asked for again."""
+        self._to_ask_again: set[StorePath] = set()
+        """Those of them for which one could not be asked."""
+        self._told: dict[StorePath, str] = {}
+        """What was told of them."""
 
     @property
     def status(self) -> ExpressionStatus:
@@ -133,9 +152,18 @@ class Reconciliation:
 
     async def _follow(self) -> None:
         await self._until_settled(only_if_needed=True)
-        while (delay := self._until_refresh()) is not None:
-            await asyncio.sleep(delay)
-            await self._until_settled()
+        while True:
+            self._sought -= self._to_ask_again
+            await self._regain()
+            refresh = self._until_refresh()
+            check = self._services.options.check_seconds * random.uniform(0.9, 1.1)  # noqa: S311 - no secret
+            if refresh is not None and refresh <= check:
+                await asyncio.sleep(refresh)
+                await self._until_settled()
+                continue
+            await asyncio.sleep(check)
+            if not await self._is_still_done():
+                await self._until_settled()
 
     def _until_refresh(self) -> float | None:
         try:
@@ -155,20 +183,40 @@ class Reconciliation:
                     return
                 only_if_needed = False
                 await self._attempt()
+                self._cause = ""
+                if count := self._failing.over():
+                    _log.info("%s: ended after %d failed tries", self.wanted.subject, count)
                 return
             except Exception as error:  # a bug, too, must neither end the controller nor be retried in a hurry
                 delay = backoff.next()
                 self._retrying(error, delay)
+                # What is not to be had for now is lost for now.
+                if await self._is_examined():
+                    await self._regain()
                 await asyncio.sleep(delay)
 
     async def _is_done(self) -> bool:
         """True when the object's status says so and the store agrees; roots that are missing are made again."""
-        if not states.is_settled(self.status, *self.wanted.trigger):
-            return False
-        await self._sync_roots()
-        if self.status.phase != SUCCEEDED:
+        settled = states.is_settled(self.status, *self.wanted.trigger)
+        succeeded = settled and self.status.phase == SUCCEEDED
+        own = frozenset(result.path for result in self.status.results) if succeeded else frozenset()
+        return not await self._examine(rebuilt=own) & own and settled
+
+    async def _is_still_done(self) -> bool:
+        """The same, some time later; what cannot be told is no reason to do anything."""
+        try:
+            return await self._is_done()
+        except (CknixError, OSError) as error:
+            _log.debug("%s: its results cannot be looked for: %s", self.wanted.subject, error)
             return True
-        return all([await self._services.closures.is_valid(result.path) for result in self.status.results])
+
+    async def _is_examined(self) -> bool:
+        try:
+            await self._examine()
+        except (CknixError, OSError) as error:
+            _log.debug("%s: its results cannot be looked for: %s", self.wanted.subject, error)
+            return False
+        return True
 
     async def _attempt(self) -> None:
         """One try, to success or to a failure that only a change can mend."""
@@ -178,7 +226,8 @@ class Reconciliation:
             await self._failed(error)
 
     async def _make(self) -> None:
-        self._show(self.status.begun(self.wanted.generation, self.wanted.rebuild, self._services.now()), message="")
+        status = self.status.begun(self.wanted.generation, self.wanted.rebuild, self._services.now())
+        self._show(status.with_step(EVALUATED, "Unknown", states.QUEUED, self._cause, self._services.now()), message="")
         spec = Spec.parse(self.wanted.spec)
         async with self._services.queue.slot(self.wanted.subject.namespace, self._queued):
             systems, note = await self._systems(spec)
@@ -191,9 +240,10 @@ class Reconciliation:
         )
         status = status.with_step(PUBLISHED, "True", "Published", "", self._services.now())
         self._show(replace(status, progress=None), message=_summary(results) + note)
+        self._being_built = {}
         await self._writer.flush()
         # Only now: a status that was read meanwhile never names a result without a root.
-        await self._sync_roots()
+        await self._examine()
         self._tell_success(before, self.status.result)
 
     async def _systems(self, spec: Spec) -> tuple[tuple[str, ...], str]:
@@ -216,8 +266,8 @@ class Reconciliation:
         evaluations = {}
         for system in systems:
             self._show(
-                self.status.with_step(EVALUATED, "Unknown", states.EVALUATING, "", self._services.now()),
-                message=f"evaluating for {system}",
+                self.status.with_step(EVALUATED, "Unknown", states.EVALUATING, self._cause, self._services.now()),
+                message=self._doing(f"evaluating for {system}"),
             )
             evaluations[system] = await self._services.nix.evaluate(spec.data, system)
         self._show(self.status.with_step(EVALUATED, "True", "Evaluated", "", self._services.now()))
@@ -226,12 +276,12 @@ class Reconciliation:
     async def _build(self, evaluations: Mapping[str, Evaluation]) -> None:
         self._step = BUILT
         # Rooted before they exist, so that no collection comes between a build's end and its root.
-        await add_all(
-            self._services.roots,
-            {self._root(system, evaluation.result): evaluation.result for system, evaluation in evaluations.items()},
-        )
-        status = self.status.with_step(BUILT, "Unknown", states.BUILDING, "", self._services.now())
-        self._show(replace(status, progress=Progress()), message="building")
+        self._being_built = {
+            self._root(system, evaluation.result): evaluation.result for system, evaluation in evaluations.items()
+        }
+        await add_all(self._services.roots, self._being_built)
+        status = self.status.with_step(BUILT, "Unknown", states.BUILDING, self._cause, self._services.now())
+        self._show(replace(status, progress=Progress()), message=self._doing("building"))
         for system, evaluation in evaluations.items():
             if evaluation.derivations and not await self._services.closures.is_valid(evaluation.result):
                 self._event("Normal", "BuildStarted", f"building {evaluation.result}")
@@ -243,8 +293,8 @@ class Reconciliation:
     async def _publish(self, evaluations: Mapping[str, Evaluation]) -> list[Result]:
         self._step = PUBLISHED
         self._show(
-            self.status.with_step(PUBLISHED, "Unknown", states.PUBLISHING, "", self._services.now()),
-            message="publishing",
+            self.status.with_step(PUBLISHED, "Unknown", states.PUBLISHING, self._cause, self._services.now()),
+            message=self._doing("publishing"),
         )
         results = []
         for system, evaluation in evaluations.items():
@@ -260,16 +310,18 @@ class Reconciliation:
         # One line: the log is in the status, which is shown beside it.
         self._event("Warning", error.reason, states.headline(error.message))
         self._services.metrics.failure(error.reason)
+        self._being_built = {}
         await self._writer.flush()
-        await self._sync_roots()
+        await self._examine()
 
     def _retrying(self, error: Exception, delay: float) -> None:
         if isinstance(error, CknixError):
-            said = error.message
-            _log.warning("%s: %s; trying again in %.0f s", self.wanted.subject, said, delay)
+            said, level, bug = error.message, logging.WARNING, None
         else:
-            said = f"internal error: {type(error).__name__}: {error}"
-            _log.error("%s failed unexpectedly; trying again in %.0f s", self.wanted.subject, delay, exc_info=error)
+            said, level, bug = f"internal error: {type(error).__name__}: {error}", logging.ERROR, error
+        level = level if self._failing.again(said) else logging.DEBUG
+        _log.log(level, "%s: %s; trying again in %.0f s", self.wanted.subject, said, delay, exc_info=bug)
+        self._cause = f"the last try: {states.headline(said)}"
         status = self.status
         if status.observed_generation != self.wanted.generation:
             status = status.begun(self.wanted.generation, self.wanted.rebuild, self._services.now())
@@ -277,12 +329,15 @@ class Reconciliation:
         message = states.told(said, then=f"trying again in {humanise(delay)}")
         self._show(replace(status, progress=None), message=message)
         reason = error.reason if isinstance(error, CknixError) else Situation.INTERNAL_ERROR.reason
-        self._event("Warning", reason, states.headline(said))
+        self._services.events.post(self.wanted.subject, "Warning", reason, states.headline(said))
         self._services.metrics.failure(reason)
+
+    def _doing(self, what: str) -> str:
+        return f"{what}; {self._cause}" if self._cause else what
 
     def _queued(self, ahead: int) -> None:
         others = "" if not ahead else f", {ahead} ahead" if ahead < 10 else f", more than {ahead} ahead"
-        self._show(self.status, message=f"waiting for a build slot{others}")
+        self._show(self.status, message=self._doing(f"waiting for a build slot{others}"))
 
     def _progress(self, prefix: str, progress: Progress) -> None:
         status = replace(self.status, progress=progress)
@@ -295,11 +350,84 @@ class Reconciliation:
         self._memory.status = status.settled(now)
         self._writer.put(self.status.render(now), urgent=urgent)
 
-    async def _sync_roots(self) -> None:
-        """The roots in the store become those of the status: missing ones are made, others removed."""
-        wanted = {self._root(root.system, root.path): root.path for root in self.status.roots}
-        await add_all(self._services.roots, wanted)
-        await keep_only(self._services.roots, self.wanted.subject.uid, wanted)
+    async def _examine(self, *, rebuilt: frozenset[StorePath] = frozenset()) -> frozenset[StorePath]:
+        """Look for all results that the status claims: hold those that are in the store, and tell of the others.
+
+        Not of those of *rebuilt*, which are about to be built again.  Gives all that are not there.
+        """
+        status = self.status.with_all_rooted(self._services.now())
+        paths = frozenset(root.path for root in status.roots)
+        gone = await self._missing(paths)
+        made, dropped = await self._sync_roots(status.roots, gone)
+        if late := await self._missing(made):  # collected before they had their roots
+            gone |= late
+            dropped |= (await self._sync_roots(status.roots, gone))[1]
+        new = gone - self._losses.keys() - {root.path for root in status.lost}
+        # What had a root here was here; the others never were.
+        left = new - dropped
+        node = await self._place_before() if left else ""
+        known = {path: loss for path, loss in self._losses.items() if path in gone}
+        self._losses = known | {path: Loss(node if path in left else "") for path in new}
+        found = [root for root in status.lost if root.path not in gone]
+        status = status.with_losses({path: self._losses.get(path, Loss()) for path in gone - rebuilt})
+        if status != self.status:
+            self._show(status)
+        for root in found:
+            self._sought.discard(root.path)
+            self._told.pop(root.path, None)
+            self._event("Normal", "ResultFound", f"{_named(root)} is in the controller's store again")
+        return gone
+
+    async def _missing(self, paths: frozenset[StorePath]) -> frozenset[StorePath]:
+        return frozenset([path for path in paths if not await self._services.closures.is_valid(path)])
+
+    async def _place_before(self) -> str:
+        options = self._services.options
+        try:
+            return await place_before(self._services.api, options.namespace, options.node)
+        except ApiError as error:
+            _log.debug("where the controller was before is not known: %s", error.message)
+            return ""
+
+    async def _regain(self) -> None:
+        """Have what is lost from a substituter, in one try for each; what cannot be had is told."""
+        for root in self.status.lost:
+            if root.path not in self._sought:
+                await self._seek(root)
+
+    async def _seek(self, root: Root) -> None:
+        self._sought.add(root.path)
+        self._to_ask_again.discard(root.path)
+        try:
+            async with self._services.seeking:
+                # Rooted before it exists; if it never does, the root goes again at once.
+                await add_all(self._services.roots, {self._root(root.system, root.path): root.path})
+                await self._services.nix.substitute(root.path)
+            await self._examine()
+        except (CknixError, OSError) as error:
+            why = error.message if isinstance(error, CknixError) else str(error)
+            why = why.removeprefix(f"{root.path} is not in the store, and ")
+            if isinstance(error, BuildFailed):
+                why = "no substituter has it"
+            else:
+                self._to_ask_again.add(root.path)
+            said = f"{_named(root)} is lost: {root.lost}, and {why}; {states.remedy(root.lost)}"
+            if self._told.get(root.path) != said:
+                self._told[root.path] = said
+                _log.warning("%s: %s: %s", self.wanted.subject, Situation.RESULT_LOST.reason, said)
+                self._services.events.post(self.wanted.subject, "Warning", Situation.RESULT_LOST.reason, said)
+                self._services.metrics.failure(Situation.RESULT_LOST.reason)
+            await self._is_examined()
+
+    async def _sync_roots(
+        self, roots: Sequence[Root], gone: frozenset[StorePath]
+    ) -> tuple[frozenset[StorePath], frozenset[StorePath]]:
+        """The roots in the store become those of *roots* that are not *gone*, and of what is being built.
+
+        Gives what had none before, and what has none any more.
+        """
+        wanted = {self._root(root.system, root.path): root.path for root in roots if root.path not in gone}
+        return await make_exactly(self._services.roots, self.wanted.subject.uid, wanted | self._being_built)
 
     def _root(self, system: str, path: StorePath) -> str:
         return root_name(self.wanted.subject, system, path)
@@ -313,6 +441,10 @@ class Reconciliation:
     def _event(self, type_: Any, reason: str, message: str) -> None:
         _log.info("%s: %s: %s", self.wanted.subject, reason, " ".join(message.split())[:_MAX_LOGGED])
         self._services.events.post(self.wanted.subject, type_, reason, message)
+
+
+def _named(root: Root) -> str:
+    return f"{root.path} of generation {root.generation}"
 
 
 def _primary_first(systems: Sequence[str], own: str, *, explicit: bool) -> tuple[str, ...]:

@@ -43,6 +43,24 @@ async def add_all(roots: Roots, wanted: dict[str, StorePath]) -> None:
     await in_thread(work)
 
 
+async def make_exactly(
+    roots: Roots, uid: str, wanted: dict[str, StorePath]
+) -> tuple[frozenset[StorePath], frozenset[StorePath]]:
+    """Let the roots of the Expression *uid* be *wanted*; gives what had no root before, and what has none any more."""
+
+    def work() -> tuple[frozenset[StorePath], frozenset[StorePath]]:
+        before = {name: path for name, path in roots.list().items() if owner(name) == uid}
+        made = {name: path for name, path in wanted.items() if before.get(name) != path}
+        for name, path in made.items():
+            roots.add(name, path)
+        dropped = before.keys() - wanted.keys()
+        for name in dropped:
+            roots.remove(name)
+        return frozenset(made.values()), frozenset(before[name] for name in dropped)
+
+    return await in_thread(work)
+
+
 async def keep_only(roots: Roots, uid: str, wanted: Iterable[str]) -> None:
     """Remove every root of the Expression *uid* whose name is not *wanted*."""
     keep = frozenset(wanted)

@@ -3,9 +3,13 @@
 Three steps lead to a result, each with a condition: Evaluated, Built, Published.  Everything else is derived:
 
 * ``phase`` from the steps of the newest generation;
-* ``Ready`` from the results: True as long as there is one, whatever the newest generation does.  Its
+* ``Ready`` from the results: True as long as there is one in the store, whatever the newest generation does.  Its
   ``observedGeneration`` is the generation that the *result* is from, so that ``kubectl wait --for=condition=Ready``
   after a change waits for the changed result, while pods go on using the last good one.
+
+A result that the store has lost, as when the controller moved to another node, stays in ``result`` and ``results``:
+nodes that have it go on publishing it.  It is in ``lostResults`` instead of ``gcRoots``, so that it comes back with its
+generation and age when the store does.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from cknix_csi.api.expression import (
     BUILT,
     EVALUATED,
     FAILED,
+    GROUP,
     PENDING,
     PUBLISHED,
     READY,
@@ -29,6 +34,7 @@ from cknix_csi.api.expression import (
     Spec,
 )
 from cknix_csi.api.progress import Progress
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import InvalidStorePath, StorePath
 from cknix_csi.nix import log
 
@@ -44,6 +50,8 @@ RETRYING = "Retrying"
 # Reasons of Ready.
 LAST_GOOD_RESULT = "LastGoodResult"
 NO_RESULT = "NoResult"
+
+REBUILD_ANNOTATION = f"{GROUP}/rebuild"
 
 MAX_MESSAGE_BYTES = 4096
 MAX_HEADLINE_BYTES = 512
@@ -64,14 +72,27 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Loss:
+    """That a result is in the store no more."""
+
+    node: str = ""
+    """Where the store that had it was left; empty when it was not left behind, or nobody knows."""
+
+    def __str__(self) -> str:
+        return f"the controller's store was left on node {self.node}" if self.node else "the controller's store lost it"
+
+
+@dataclass(frozen=True, slots=True)
 class Root:
-    """A result whose GC root is kept."""
+    """A result that is kept: by its GC root, unless it is lost."""
 
     system: str
     path: StorePath
     generation: int
     """The newest generation that had this result."""
     created_at: str
+    lost: Loss | None = None
+    """Not None: it should be in this controller's store, and is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +105,7 @@ class ExpressionStatus:
     results: tuple[Result, ...] = ()
     result: StorePath | None = None
     roots: tuple[Root, ...] = ()
-    """Newest first."""
+    """Newest first, lost ones among them."""
     progress: Progress | None = None
     message: str = ""
     rebuild: str = ""
@@ -95,7 +116,7 @@ class ExpressionStatus:
         """The status of an Expression object; entries that are malformed count as absent."""
         status = body.get("status") or {}
         found = [condition for condition in status.get("conditions") or [] if isinstance(condition, dict)]
-        results, roots = [], []
+        results: list[Result] = []
         for entry in status.get("results") or []:
             try:
                 path = StorePath.parse(entry["path"])
@@ -104,12 +125,10 @@ class ExpressionStatus:
                 )
             except (KeyError, TypeError, ValueError):
                 continue
-        for entry in status.get("gcRoots") or []:
-            try:
-                path = StorePath.parse(entry["path"])
-                roots.append(Root(entry["system"], path, int(entry["generation"]), str(entry["createdAt"])))
-            except (KeyError, TypeError, ValueError):
-                continue
+        roots = [*_roots(status.get("gcRoots")), *_roots(status.get("lostResults"), lost=True)]
+        if any(root.lost for root in roots):
+            # Both lists are newest first; a stable sort leaves each as it is.
+            roots.sort(key=lambda root: (root.generation, root.created_at), reverse=True)
         try:
             result = StorePath.parse(str(status.get("result", "")))
         except InvalidStorePath:
@@ -134,6 +153,34 @@ class ExpressionStatus:
         """The newest generation that the results are from; 0 when there are none."""
         current = {(result.system, result.path) for result in self.results}
         return max((root.generation for root in self.roots if (root.system, root.path) in current), default=0)
+
+    @property
+    def lost(self) -> tuple[Root, ...]:
+        return tuple(root for root in self.roots if root.lost is not None)
+
+    @property
+    def lost_results(self) -> tuple[Root, ...]:
+        """Those of :attr:`lost` that pods are given."""
+        current = {(result.system, result.path) for result in self.results}
+        return tuple(root for root in self.lost if (root.system, root.path) in current)
+
+    def with_losses(self, losses: Mapping[StorePath, Loss]) -> ExpressionStatus:
+        """Exactly the paths of *losses* are lost; one that was already keeps its own."""
+
+        def told(root: Root) -> Root:
+            if root.path not in losses:
+                return replace(root, lost=None)
+            return root if root.lost is not None else replace(root, lost=losses[root.path])
+
+        return replace(self, roots=tuple(told(root) for root in self.roots))
+
+    def with_all_rooted(self, now: datetime) -> ExpressionStatus:
+        """Every result has its entry among the roots, whatever somebody did to the status."""
+        rooted = {(root.system, root.path) for root in self.roots}
+        missing = [result for result in self.results if (result.system, result.path) not in rooted]
+        generation = int((self.ready or {}).get("observedGeneration") or self.observed_generation)
+        made = tuple(Root(each.system, each.path, generation, conditions.timestamp(now)) for each in missing)
+        return replace(self, roots=(*made, *self.roots)) if made else self
 
     def begun(self, generation: int, rebuild: str, now: datetime) -> ExpressionStatus:
         """Work on *generation* begins (anew): no step is done, results stay."""
@@ -191,16 +238,10 @@ class ExpressionStatus:
                 }
                 for result in self.results
             ]
-        if self.roots:
-            status["gcRoots"] = [
-                {
-                    "system": root.system,
-                    "path": str(root.path),
-                    "generation": root.generation,
-                    "createdAt": root.created_at,
-                }
-                for root in self.roots
-            ]
+        if held := [_entry(root) for root in self.roots if root.lost is None]:
+            status["gcRoots"] = held
+        if lost := [_entry(root) for root in self.lost]:
+            status["lostResults"] = lost
         if self.progress is not None:
             status["progress"] = {
                 "done": self.progress.done,
@@ -221,6 +262,10 @@ class ExpressionStatus:
         if self.results:
             state, generation = "True", self.result_generation or self.observed_generation
             reason, message = self._ready_result(generation)
+            if lost := self.lost_results:
+                state, reason = "False", Situation.RESULT_LOST.reason
+                paths = ", ".join(str(path) for path in dict.fromkeys(root.path for root in lost))
+                message = f"{paths} of generation {generation}: {lost[0].lost}; {remedy(lost[0].lost)}"
         else:
             state, generation = "False", self.observed_generation
             reason, message = NO_RESULT, self.message.partition("\n")[0]
@@ -241,6 +286,15 @@ class ExpressionStatus:
         else:
             said = f"{newest}is being worked on" if newest else "it is being looked at anew"
         return LAST_GOOD_RESULT, f"result of generation {generation}; {said}"
+
+
+def remedy(lost: Loss | None) -> str:
+    """What brings a lost result back, for the reader of Ready and of the Event."""
+    back = f"move the controller back to node {lost.node}, " if lost is not None and lost.node else ""
+    return (
+        f"{back}correct the Expression, or have it built anew with the annotation {REBUILD_ANNOTATION}; "
+        "nodes that have it go on using it"
+    )
 
 
 def phase(steps: Sequence[Mapping[str, Any]], generation: int) -> str:
@@ -270,7 +324,7 @@ def kept(
     own = [root for root in roots if root.system == result.system]
     others = [root for root in roots if root.system != result.system]
     if own and own[0].path == result.path:
-        newest = replace(own[0], generation=generation)
+        newest = replace(own[0], generation=generation, lost=None)
     else:
         newest = Root(result.system, result.path, generation, created_at)
     older = [root for root in own if root.path != result.path]
@@ -338,6 +392,29 @@ def told(text: str, *, reason: str = "", then: str = "") -> str:
     if rest.partition("\n")[0].strip() == line:
         rest = rest.partition("\n")[2].strip("\n")
     return f"{first}\n\n{rest}" if rest.strip() else first
+
+
+def _roots(entries: Any, *, lost: bool = False) -> list[Root]:
+    """Entries of ``gcRoots`` or, if *lost*, of ``lostResults``; malformed ones are left out."""
+    found = []
+    for entry in entries or []:
+        try:
+            loss = Loss(str(entry.get("node") or "")) if lost else None
+            path, created_at = StorePath.parse(entry["path"]), str(entry["createdAt"])
+            found.append(Root(entry["system"], path, int(entry["generation"]), created_at, loss))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            continue
+    return found
+
+
+def _entry(root: Root) -> dict[str, Any]:
+    entry = {
+        "system": root.system,
+        "path": str(root.path),
+        "generation": root.generation,
+        "createdAt": root.created_at,
+    }
+    return entry if root.lost is None or not root.lost.node else {**entry, "node": root.lost.node}
 
 
 def _copy(condition: Mapping[str, Any] | None) -> Condition | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cknix_csi.api.errors import CknixError, Invalid, Problem
 from cknix_csi.api.limits import SizePolicy
@@ -16,6 +17,7 @@ from cknix_csi.csi.closures import ClosureService
 from cknix_csi.csi.identity import Identity
 from cknix_csi.csi.node import Node
 from cknix_csi.csi.pods import PodEvents, Pods
+from cknix_csi.csi.presence import LOOK_SECONDS, Kept, keep, until
 from cknix_csi.csi.publisher import Publisher, Volumes
 from cknix_csi.csi.readiness import Readiness, Step
 from cknix_csi.csi.records import Records
@@ -23,7 +25,7 @@ from cknix_csi.csi.registration import Registration
 from cknix_csi.csi.remembered import RememberedResults
 from cknix_csi.csi.resolve import Expressions, Resolver
 from cknix_csi.csi.room import NO_MATTER, Room
-from cknix_csi.csi.server import serve
+from cknix_csi.csi.server import Served, serve
 from cknix_csi.csi.stats import Measures
 from cknix_csi.csi.storepaths import StorePathRule
 from cknix_csi.metrics.ports import NodeMetrics
@@ -34,6 +36,9 @@ log = logging.getLogger(__name__)
 
 # CSI spec, "NodeGetInfo": more must not be sent.
 MAX_NODE_ID = 256
+
+Keeping = Callable[[], Coroutine[Any, Any, None]]
+"""Runs until it is cancelled."""
 
 
 class NodeVolumes(Volumes, Measures, Protocol):
@@ -80,6 +85,8 @@ class NodeDependencies:
     """Set once what an earlier daemon left is in order: before, nothing tells what is garbage."""
     grace: float = 20.0
     """Seconds that calls get to finish when the daemon stops."""
+    look: float = LOOK_SECONDS
+    """Seconds between two looks whether the sockets are still there."""
 
     def __post_init__(self) -> None:
         size = len(self.node_id.encode())
@@ -89,28 +96,16 @@ class NodeDependencies:
 
 
 async def run_node(node: NodeDependencies, stop: asyncio.Event) -> None:
-    """Serve until *stop* is set.
-
-    Raises :class:`RegistrationRefused` when kubelet does not take the driver, and what :func:`serving` raises.
-    """
-    async with serving(node) as registration:
-        if registration is None:
-            await stop.wait()
-            return
-        waits = {asyncio.create_task(stop.wait()), asyncio.create_task(registration.refused())}
-        try:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for ended in done:
-                ended.result()
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+    """Serve until *stop* is set.  Raises what :func:`serving` raises."""
+    async with serving(node) as keeping:
+        await until(stop, keeping())
 
 
 @asynccontextmanager
-async def serving(node: NodeDependencies) -> AsyncIterator[Registration | None]:
+async def serving(node: NodeDependencies) -> AsyncIterator[Keeping]:
     """The node daemon runs inside this block; kubelet can publish volumes when it is entered.
+
+    Gives what is to run inside, so that kubelet can do so as long, whatever happens to the sockets or to kubelet.
 
     First what an earlier daemon left is put in order, then the CSI socket appears, and last the one that makes kubelet
     look.  In reverse at the end; volumes that are mounted stay as they are.  Raises :class:`SocketUnavailable`.
@@ -139,11 +134,11 @@ async def serving(node: NodeDependencies) -> AsyncIterator[Registration | None]:
                 await kept.enter_async_context(node.remembered.kept())
             node.readiness.reach(Step.RECONCILED)
             identity, observe = Identity(node.readiness.check), node.metrics.rpc
-            async with serve([identity, service], node.endpoint, grace=node.grace, observe=observe):
+            async with serve([identity, service], node.endpoint, grace=node.grace, observe=observe) as served:
                 node.readiness.reach(Step.SERVED)
                 try:
-                    async with _registered(node) as registration:
-                        yield registration
+                    async with _registered(node, served) as keeping:
+                        yield keeping
                 finally:
                     node.readiness.leave(Step.SERVED)
                     publisher.drain()
@@ -171,12 +166,22 @@ async def _take_stock(node: NodeDependencies) -> None:
 
 
 @asynccontextmanager
-async def _registered(node: NodeDependencies) -> AsyncIterator[Registration | None]:
+async def _registered(node: NodeDependencies, served: Served) -> AsyncIterator[Keeping]:
+    readiness = node.readiness
+    reached, left = partial(readiness.reach, Step.SERVED), partial(readiness.leave, Step.SERVED)
+    csi = Kept(socket=served, lost=left, served=reached, found=reached)
     if node.registration is None:
-        yield None
+        yield partial(keep, [csi], seconds=node.look)
         return
-    registration = Registration(
-        driver=DRIVER_NAME, endpoint=node.endpoint, registered=lambda: node.readiness.reach(Step.REGISTERED)
-    )
-    async with serve([registration], node.registration, grace=node.grace):
-        yield registration
+    reached, left = partial(readiness.reach, Step.REGISTERED), partial(readiness.leave, Step.REGISTERED)
+    registration = Registration(driver=DRIVER_NAME, endpoint=node.endpoint, taken=reached, refused=left)
+    async with serve([registration], node.registration, grace=node.grace) as offered:
+
+        async def keeping() -> None:
+            async with asyncio.TaskGroup() as tasks:
+                # In this order: kubelet calls the first as soon as it sees the second.
+                sockets = [csi, Kept(socket=offered, lost=left, found=registration.offer)]
+                tasks.create_task(keep(sockets, seconds=node.look))
+                tasks.create_task(registration.offering(offered.show_again))
+
+        yield keeping

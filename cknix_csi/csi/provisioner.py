@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from pathlib import Path
 
 from cknix_csi import logs
@@ -18,6 +19,7 @@ from cknix_csi.api.quantity import MAXIMUM
 from cknix_csi.api.topology import SYSTEM_KEY, fitting, systems_of
 from cknix_csi.csi.errors import unimplemented
 from cknix_csi.csi.identity import Identity
+from cknix_csi.csi.presence import Kept, keep, until
 from cknix_csi.csi.provisioning import CreateCall, ValidateCall, capability_problems, volume_of
 from cknix_csi.csi.readiness import Readiness, Step
 from cknix_csi.csi.rpc import Service, rpc
@@ -87,10 +89,12 @@ async def run_provisioner(
     *observe* is told of every call, and *readiness* when the socket is there.  Raises :class:`SocketUnavailable`.
     """
     readiness = readiness or Readiness()
-    async with serve([Identity(), Provisioner(api, namespace)], endpoint, grace=_GRACE_SECONDS, observe=observe):
-        readiness.reach(Step.SERVED)
-        await stop.wait()
-        readiness.leave(Step.SERVED)
+    reached, left = partial(readiness.reach, Step.SERVED), partial(readiness.leave, Step.SERVED)
+    service = Provisioner(api, namespace)
+    async with serve([Identity(), service], endpoint, grace=_GRACE_SECONDS, observe=observe) as socket:
+        reached()
+        await until(stop, keep([Kept(socket=socket, lost=left, served=reached, found=reached)]))
+        left()
 
 
 class Provisioner(Service, ControllerBase):

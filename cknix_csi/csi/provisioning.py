@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from cknix_csi.api.attributes import user_attributes
 from cknix_csi.api.claims import Claim
 from cknix_csi.api.errors import CknixError, Conflict, Invalid, Problem
 from cknix_csi.api.quantity import format_quantity
@@ -128,7 +129,8 @@ class ValidateCall:
     def problems(self, made: VolumeRecord) -> list[Problem]:
         """Why *made* cannot be used as it is asked."""
         found = list(self.unsupported)
-        if self.context and self.context != made.attributes:
+        # A PersistentVolume has also what the provisioner has put there.
+        if self.context and user_attributes(self.context) != made.attributes:
             found.append(Problem("volume_context", "is not the volume's"))
         if self.parameters and self.parameters != made.parameters:
             found.append(Problem("parameters", "are not those that the volume was made with"))

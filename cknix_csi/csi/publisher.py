@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cknix_csi import logs
-from cknix_csi.api.errors import CknixError, InProgress, OutOfSpace
+from cknix_csi.api.errors import CacheUnavailable, CknixError, InProgress, NotFound, OutOfSpace
 from cknix_csi.api.limits import ANY_SIZE, SizePolicy
 from cknix_csi.api.presentation import Presentation
 from cknix_csi.api.situations import Situation
@@ -26,7 +26,7 @@ from cknix_csi.csi.pods import VOLUME_COPIED, PodEvents, Pods, host_users
 from cknix_csi.csi.publications import require_only, require_same
 from cknix_csi.csi.records import Records
 from cknix_csi.csi.requests import PublishCall, UnpublishCall
-from cknix_csi.csi.resolve import Resolver
+from cknix_csi.csi.resolve import Resolver, nowhere
 from cknix_csi.csi.room import NO_MATTER, Room
 from cknix_csi.csi.storepaths import StorePathRule
 from cknix_csi.csi.waiting import Waits
@@ -355,7 +355,12 @@ class Publisher:
                 logs.note(closure=root.basename)
                 budget = deadline - clock()
                 wants = (call.volume_id, call.target)
-                await self._closures.ensure(root, budget=budget, waiting=waiting, missing=found.is_missing, who=wants)
+                try:
+                    await self._closures.ensure(
+                        root, budget=budget, waiting=waiting, missing=found.is_missing, who=wants
+                    )
+                except (CacheUnavailable, NotFound) as error:
+                    raise nowhere(call.source, root, error) from error
         found.is_here()
         return root
 

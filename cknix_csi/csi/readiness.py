@@ -27,17 +27,20 @@ class Readiness:
     def __init__(self, steps: Iterable[Step] = Step, check: Callable[[], None] | None = None) -> None:
         """*check* raises NodeUnusable, and may block; None: this process needs neither disk nor mounts."""
         self._reached = dict.fromkeys(steps, False)
+        self._why: dict[Step, str] = {}
         self._looking = None if check is None else Looking(check)
 
     def reach(self, step: Step) -> None:
         """*step* is done."""
         if step in self._reached:
             self._reached[step] = True
+            self._why.pop(step, None)
 
-    def leave(self, step: Step) -> None:
-        """What *step* did is undone."""
+    def leave(self, step: Step, why: str = "") -> None:
+        """What *step* did is undone, or was tried in vain."""
         if step in self._reached:
             self._reached[step] = False
+            self._why[step] = why
 
     async def check(self) -> None:
         """Raises NodeUnusable, within a second, for what breaks the node, or what only a restart of this process mends.
@@ -56,7 +59,7 @@ class Readiness:
 
     async def page(self, accept: str) -> Answer:
         """Each condition on a line, as the API server's ``/readyz?verbose`` has them; 503 unless all hold."""
-        lines = [f"[{'+' if reached else '-'}] {step.value}" for step, reached in self._reached.items()]
+        lines = [self._line(step) for step in self._reached]
         ready = all(self._reached.values())
         if self._looking is not None:
             try:
@@ -66,3 +69,9 @@ class Readiness:
                 ready = False
                 lines.append(f"[-] disk and mount table can be used: {error.message}")
         return Answer("".join(f"{line}\n" for line in lines).encode(), status=200 if ready else 503)
+
+    def _line(self, step: Step) -> str:
+        if self._reached[step]:
+            return f"[+] {step.value}"
+        why = " ".join(self._why.get(step, "").split())  # each condition has one line
+        return f"[-] {step.value}: {why}" if why else f"[-] {step.value}"

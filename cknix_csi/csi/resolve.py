@@ -8,7 +8,7 @@ from functools import partial
 from typing import Protocol
 
 from cknix_csi.api.attributes import EXPRESSION, FromExpression, FromSource, FromStorePath, VolumeSource
-from cknix_csi.api.errors import CknixError, InProgress, NotFound
+from cknix_csi.api.errors import CacheUnavailable, CknixError, InProgress, NotFound
 from cknix_csi.api.expression import FAILED, SUCCEEDED, Observed
 from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
@@ -96,7 +96,8 @@ class Resolver:
             if self._remembered is not None:
                 self._remembered.forget(source)
             raise NotFound(
-                f'Expression "{source}" does not exist; create it or correct the volume attribute "{EXPRESSION}"',
+                f'Expression "{source}" does not exist; create it or correct the volume attribute "{EXPRESSION}" '
+                "(an inline volume cannot name an Expression of another namespace)",
                 Situation.EXPRESSION_NOT_FOUND,
             ) from None
         if self._remembered is not None:
@@ -145,6 +146,25 @@ def settle(observed: Observed, system: str) -> StorePath | None:
         "add the system to spec.systems, or run the pod on another node",
         Situation.WRONG_SYSTEM,
     )
+
+
+def nowhere(source: VolumeSource, path: StorePath, error: CacheUnavailable | NotFound) -> CknixError:
+    """*error* of fetching *path*, for the reader who has named *source*: what it means that the cache has lost it."""
+    if not isinstance(source, FromExpression):
+        return error
+    help_ = (
+        f"`kubectl -n {source.namespace} describe expr {source.name}` tells whether it is being built again or lost, "
+        "and what helps"
+    )
+    if isinstance(error, NotFound):
+        return NotFound(
+            f"{path}, the result of Expression {source}, is not on this node, and the controller's cache does not have "
+            f"it; {help_}",
+            Situation.RESULT_LOST,
+        )
+    if "does not have it" in error.message:  # and another cache, which may, could not be asked
+        return CacheUnavailable(f"{error.message}; {help_}")
+    return error
 
 
 def _not_yet(source: FromExpression, observed: Observed | None) -> CknixError:

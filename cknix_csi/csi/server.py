@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import fcntl
 import logging
-import os
 import socket
-import stat
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -24,23 +20,14 @@ from grpclib.server import Server, Stream
 from cknix_csi.api.errors import CknixError
 from cknix_csi.api.situations import Situation
 from cknix_csi.csi.errors import Refusal, grpc_error
+from cknix_csi.csi.sockets import Place
 from cknix_csi.metrics.ports import CANCELLED, OK, UNEXPECTED
 
 log = logging.getLogger(__name__)
 
-# sockaddr_un.sun_path holds 108 bytes with the closing NUL (unix(7)).
-_MAX_SOCKET_PATH = 107
-_LOCK_TRIES = 200
-_LOCK_POLL_SECONDS = 0.05
 # grpclib waits for connections that clients keep open; after this long they are left to the end of the process.
 _CLOSE_SECONDS = 1.0
 _UNKNOWN_METHOD = "unknown"
-
-
-class SocketUnavailable(CknixError):
-    """The socket's place cannot be had: somebody lives there, or it is no place for a socket."""
-
-    situation = Situation.SOCKET_UNAVAILABLE
 
 
 Observer = Callable[[str, str, str, float], None]
@@ -53,26 +40,58 @@ class Service(Protocol):
     def __mapping__(self) -> Mapping[str, Handler]: ...
 
 
+class Served:
+    """A server and its socket."""
+
+    def __init__(self, server: _AnsweringServer, path: Path) -> None:
+        self._server = server
+        self._place = Place(path)
+
+    @property
+    def path(self) -> Path:
+        return self._place.path
+
+    @property
+    def there(self) -> bool:
+        """Whether who connects to the path reaches this server."""
+        return self._place.held
+
+    async def appear(self) -> None:
+        """Listen at the path, anew if the socket there has been lost; connections that are open go on.
+
+        Raises :class:`SocketUnavailable`, and OSError.
+        """
+        await self._place.take(self._server.accept)
+
+    async def show_again(self) -> None:
+        """Have who watches the directory see the socket appear; raises as :meth:`appear` does."""
+        await self._place.show_again()
+
+    async def vanish(self) -> None:
+        """Give the path back."""
+        await self._place.leave()
+
+
 @asynccontextmanager
 async def serve(
     services: Sequence[Service], path: Path, *, grace: float, observe: Observer = lambda *call: None
-) -> AsyncIterator[None]:
+) -> AsyncIterator[Served]:
     """Serve *services* at *path* (mode 0600) while the block runs, and up to *grace* seconds more for running calls.
 
     The socket listens before it gets its name, replaces that of a dead process, and never that of a live one: raises
     :class:`SocketUnavailable`.  At the end the name goes first, new calls are answered UNAVAILABLE, and calls that are
     still running after *grace* are cancelled.
     """
-    check_socket_path(path)
     server = _AnsweringServer(services)
     calls = _Calls([name for service in services for name in service.__mapping__()], observe)
     listen(server, RecvRequest, calls.admit)
-    identity = await _appear(server, path)
+    served = Served(server, path)
+    await served.appear()
     log.info("serving at %s", path)
     try:
-        yield
+        yield served
     finally:
-        await _vanish(path, identity)
+        await served.vanish()
         await calls.drain(grace)
         server.close()
         try:
@@ -80,15 +99,6 @@ async def serve(
                 await server.wait_closed()
         except TimeoutError:
             log.info("left connections to %s open", path)
-
-
-def check_socket_path(path: Path) -> None:
-    """Raises :class:`SocketUnavailable` when no socket can have this *path*."""
-    size = len(os.fsencode(_aside(path)))
-    if size > _MAX_SOCKET_PATH:
-        raise SocketUnavailable(
-            f"socket path {path} is {size - _MAX_SOCKET_PATH} bytes too long for a unix socket; choose a shorter one"
-        )
 
 
 class _AnsweringServer(Server):
@@ -100,6 +110,17 @@ class _AnsweringServer(Server):
     def __init__(self, services: Sequence[Service]) -> None:
         super().__init__(services)
         self._mapping = _Methods(self._mapping)
+
+    async def accept(self, listener: socket.socket) -> None:
+        """Accept what connects to *listener*, and to none before it; connections that are open go on."""
+        previous, self._server = self._server, None
+        try:
+            await self.start(sock=listener)
+        except BaseException:
+            self._server = previous
+            raise
+        if previous is not None:
+            previous.close()
 
 
 class _Methods(dict[str, Handler]):
@@ -168,92 +189,3 @@ def _told(ended: BaseException | None) -> tuple[str, str]:
             return Status.CANCELLED.name, CANCELLED
         case _:
             return Status.UNKNOWN.name, UNEXPECTED
-
-
-async def _appear(server: Server, path: Path) -> tuple[int, int]:
-    """Listen under another name in the same directory, then rename; returns the socket's device and inode."""
-    aside = _aside(path)
-    async with _locked(path.parent):
-        _refuse_live(path)
-        aside.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(str(aside))
-            aside.chmod(0o600)
-            await server.start(sock=listener)
-            aside.rename(path)
-        except BaseException:
-            listener.close()
-            aside.unlink(missing_ok=True)
-            raise
-        return _identity(path)
-
-
-async def _vanish(path: Path, identity: tuple[int, int]) -> None:
-    """Remove the socket, unless another process has put its own there."""
-    try:
-        async with _locked(path.parent):
-            if _identity(path) == identity:
-                path.unlink()
-    except (FileNotFoundError, SocketUnavailable):
-        log.info("socket %s was gone already", path)
-
-
-def _refuse_live(path: Path) -> None:
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise SocketUnavailable(f"{path} exists and is not a socket; remove it or set CSI_ENDPOINT to another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        outcome = probe.connect_ex(str(path))
-    if outcome == errno.ECONNREFUSED:
-        log.info("socket %s was left by a process that is gone; replacing it", path)
-    elif outcome != errno.ENOENT:
-        raise SocketUnavailable(
-            f"another process serves at {path}; stop it first (two node daemons cannot share a node)"
-        )
-
-
-@asynccontextmanager
-async def _locked(directory: Path) -> AsyncIterator[None]:
-    """Hold *directory* against other daemons that look whether a socket in it is alive."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise SocketUnavailable(f"directory {directory} for a socket: {error.strerror}; create it") from error
-    try:
-        await _lock(descriptor, directory)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-async def _lock(descriptor: int, directory: Path) -> None:
-    for _ in range(_LOCK_TRIES):
-        if _try_lock(descriptor):
-            return
-        await asyncio.sleep(_LOCK_POLL_SECONDS)
-    raise SocketUnavailable(
-        f"directory {directory} has been locked by another process for {_LOCK_TRIES * _LOCK_POLL_SECONDS:.0f}s"
-    )
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _aside(path: Path) -> Path:
-    # kubelet's plugin watcher ignores names that begin with a dot.
-    return path.with_name(f".{path.name}")
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.lstat()
-    return status.st_dev, status.st_ino

@@ -20,6 +20,7 @@ Json = dict[str, Any]
 NOT_FOUND = 404
 CONFLICT = 409
 GONE = 410
+TOO_LARGE = 413
 UNPROCESSABLE = 422
 
 MERGE_PATCH = "application/merge-patch+json"

@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from cknix_csi.kube.api import Api, Json, core
+from cknix_csi.api.errors import CknixError
+from cknix_csi.kube.api import MERGE_PATCH, NOT_FOUND, Api, ApiError, Json, core
 from cknix_csi.kube.cacheconfig import NAME
 from cknix_csi.kube.listwatch import list_and_watch
 
 NODE = "node"
 """Key in the ConfigMap: name of the controller's node."""
+BEFORE = "nodeBefore"
+"""Key in the ConfigMap: name of the last other node that the controller was on."""
 _AGAIN_SECONDS = 10.0
 
+_log = logging.getLogger(__name__)
 
-async def follow_controller(api: Api, namespace: str, moved: Callable[[str], Awaitable[None]]) -> NoReturn:
+
+async def place_before(api: Api, namespace: str, node: str) -> str:
+    """The last node other than *node* that a controller was on, whether *node* is written there already or not.
+
+    Empty when that is not known.  Raises ApiError.
+    """
+    try:
+        # A patch answers with the whole object, so that the right to read ConfigMaps is not needed.
+        body = await api.patch(core("configmaps", namespace, NAME), {}, kind=MERGE_PATCH)
+    except ApiError as error:
+        if error.status == NOT_FOUND:
+            return ""
+        raise
+    data = body.get("data") or {}
+    last = data.get(NODE)
+    return str((last if last and last != node else data.get(BEFORE)) or "")
+
+
+async def follow_controller(
+    api: Api, namespace: str, moved: Callable[[str], Awaitable[None]], *, again_seconds: float = _AGAIN_SECONDS
+) -> NoReturn:
     """Call *moved* with the name of the controller's node, now and whenever the ConfigMap is written; for ever.
 
-    And again every few seconds, since a controller that has just been replaced may still live where it was.  A
-    ConfigMap that is missing or does not say is no news.
+    And again every *again_seconds*: a controller that has just been replaced may still live where it was, and what
+    *moved* could not do it may do then; an OSError or CknixError of it is logged.  A ConfigMap that is missing or does
+    not say is no news.
     """
     news: asyncio.Queue[str] = asyncio.Queue()
 
@@ -31,10 +57,17 @@ async def follow_controller(api: Api, namespace: str, moved: Callable[[str], Awa
 
     async def tell() -> NoReturn:
         node = await news.get()
+        said = ""
         while True:
-            await moved(node)
+            try:
+                await moved(node)
+                said = ""
+            except (CknixError, OSError) as error:
+                level = logging.DEBUG if str(error) == said else logging.WARNING
+                said = str(error)
+                _log.log(level, "what follows from the controller being on node %s is not done: %s", node, error)
             with suppress(TimeoutError):
-                async with asyncio.timeout(_AGAIN_SECONDS):
+                async with asyncio.timeout(again_seconds):
                     node = await news.get()
 
     def listed(items: list[Json]) -> None:

@@ -14,6 +14,8 @@ from cknix_csi.kube.listwatch import list_and_watch
 
 # How often somebody who waits for an object that the watch has not shown yet asks for it by name.
 _ASK_AGAIN_SECONDS = 5.0
+# An Expression may be hundreds of kilobytes, whoever wrote it, and a page of a list is read as a whole.
+_PAGE = 50
 
 _Key = tuple[str, str]
 
@@ -103,7 +105,14 @@ class ExpressionWatch:
             ) from error
 
     async def _follow(self) -> NoReturn:
-        await list_and_watch(self._api, expressions(), listed=self._listed, changed=self._one_changed)
+        await list_and_watch(
+            self._api,
+            expressions(),
+            listed=self._listed,
+            changed=self._one_changed,
+            trim=_trimmed,
+            page=_PAGE,
+        )
 
     async def _tell(self) -> NoReturn:
         # The watch's callbacks are plain functions; this wakes those who wait in changed().
@@ -127,6 +136,17 @@ class ExpressionWatch:
         elif self._known.get(key, observed).uid == observed.uid:
             self._known.pop(key, None)
         self._news.set()
+
+
+def _trimmed(body: Json) -> Json:
+    """All of an Expression that :meth:`Observed.parse` looks at, which is neither its text nor its history."""
+    metadata, status = body.get("metadata") or {}, body.get("status") or {}
+    return {
+        "metadata": {name: metadata.get(name) for name in ("namespace", "name", "uid", "generation")},
+        "status": {
+            name: status.get(name) for name in ("observedGeneration", "phase", "message", "results", "conditions")
+        },
+    }
 
 
 def _not_found(namespace: str, name: str) -> NotFound:

@@ -33,6 +33,8 @@ async def list_and_watch(
     or DELETED, and the object).  *trim* and *page*: how lists are kept small while they are read.
     """
     backoff = Backoff(first=0.2, cap=15.0)
+    # Nothing but changes, or a stream to its end, shows that a version was any good: not the list that it is from.
+    expired = Backoff(first=0.2, cap=15.0)
     version: str | None = None
     while True:
         try:
@@ -45,15 +47,18 @@ async def list_and_watch(
             async for event in api.watch(path, resource_version=version, timeout=timeout, query=query):
                 version = str(event.object["metadata"]["resourceVersion"])
                 backoff.reset()
+                expired.reset()
                 if event.kind != "BOOKMARK":
                     changed(event.kind, event.object)
         except ApiError as error:
-            if error.status == GONE:
+            gone = error.status == GONE
+            if gone:
                 version = None
-                continue
-            delay = backoff.next()
+            waits = expired if gone else backoff
+            delay = waits.next()
+            # A version that is too old is no news, but one that was too old at once is.
             _log.log(
-                logging.WARNING if backoff.tries == 1 else logging.DEBUG,
+                logging.WARNING if waits.tries == 1 + gone else logging.DEBUG,
                 "%s; following %s again in %.1f s",
                 error.message,
                 path,
@@ -61,5 +66,6 @@ async def list_and_watch(
             )
             await asyncio.sleep(delay)
         else:
+            expired.reset()
             # A server that ends streams at once must not be asked in a busy loop.
             await asyncio.sleep(0.05)

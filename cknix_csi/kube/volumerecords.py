@@ -14,10 +14,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cknix_csi.api.errors import CknixError
+from cknix_csi.api.errors import CknixError, Invalid, Problem
 from cknix_csi.api.expression import GROUP
 from cknix_csi.api.situations import Situation
-from cknix_csi.kube.api import CONFLICT, GONE, NOT_FOUND, ApiError, DeletingApi, Json, core
+from cknix_csi.kube.api import (
+    CONFLICT,
+    GONE,
+    NOT_FOUND,
+    TOO_LARGE,
+    UNPROCESSABLE,
+    ApiError,
+    DeletingApi,
+    Json,
+    core,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +37,7 @@ MAX_PAGE = 500
 
 _BAD_REQUEST = 400
 _READABLE = 64
+_MOST_WORDS = 300
 _ID = re.compile(r"volume-([a-z0-9-]+-)?[0-9a-f]{16}")
 
 
@@ -119,12 +130,18 @@ class VolumeRecords:
         return None if body is None else VolumeRecord.parse(body)
 
     async def add(self, record: VolumeRecord) -> bool:
-        """Make the volume exist; False when one with its id does."""
+        """Make the volume exist; False when one with its id does.  Raises :class:`Invalid` when it has too many words.
+
+        Parameters are all of it that can be long, and a repetition would be as long.
+        """
         try:
             await self._api.create(core("configmaps", self._namespace), record.manifest(self._namespace))
         except ApiError as error:
             if error.status == CONFLICT:
                 return False
+            if error.status in {TOO_LARGE, UNPROCESSABLE}:
+                words = "cannot be kept in a ConfigMap, which holds less than 1 MiB; shorten them"
+                raise Invalid([Problem("parameters", f"{words} ({error.message[:_MOST_WORDS]})")]) from error
             raise
         return True
 

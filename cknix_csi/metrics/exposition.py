@@ -73,8 +73,14 @@ class Exposition:
         self.registry.register(_Shown(look, families))
 
     async def page(self, accept: str) -> Answer:
-        """All metrics now, in the format that *accept* (the HTTP header) prefers."""
+        """All metrics now, in the format that *accept* (the HTTP header) prefers; the oldest if it makes no sense."""
         await asyncio.gather(*(source.refresh() for source in self._looked_up))
+        try:
+            return self._encoded(accept)
+        except TypeError:  # prometheus_client's for a version that has more in it than numbers
+            return self._encoded("")
+
+    def _encoded(self, accept: str) -> Answer:
         encode, content_type = choose_encoder(accept)
         return Answer(encode(self.registry), content_type)
 

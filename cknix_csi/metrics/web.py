@@ -7,11 +7,17 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
+from cknix_csi.listening import Bounds, listening
 from cknix_csi.metrics.pages import Page
+
+_BOUNDS = Bounds(connections=256, patience=10.0, drain=2.0)
+"""Probes and scrapes are few and quick; Prometheus takes a closed connection for what it is, and makes another."""
 
 
 @asynccontextmanager
-async def answering(address: tuple[str, int] | None, pages: Mapping[str, Page]) -> AsyncIterator[int]:
+async def answering(
+    address: tuple[str, int] | None, pages: Mapping[str, Page], bounds: Bounds = _BOUNDS
+) -> AsyncIterator[int]:
     """Answer ``GET`` of *pages* by path at *address* (host, port) during the block; gives the bound port.
 
     Without an address nothing is served, and the port is 0.  Raises OSError when it cannot listen there.
@@ -22,14 +28,8 @@ async def answering(address: tuple[str, int] | None, pages: Mapping[str, Page]) 
     app = web.Application()
     for path, page in pages.items():
         app.router.add_get(path, _handler(page))
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, *address).start()
-        port: int = runner.addresses[0][1]
+    async with listening(app, *address, bounds) as port:
         yield port
-    finally:
-        await runner.cleanup()
 
 
 def _handler(page: Page) -> Callable[[web.Request], Awaitable[web.Response]]:

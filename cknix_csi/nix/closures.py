@@ -13,6 +13,7 @@ from cknix_csi.nix.collector import outlast_collector
 from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.recovery import is_whole
 from cknix_csi.nix.store import Store
+from cknix_csi.nix.unsynced import Unsynced
 
 _OWNER = "closures"
 
@@ -25,9 +26,13 @@ def has_root(store: Store, closure_id: str) -> bool:
 class StoreClosures:
     """The closures of one store; satisfies ``volumes.Closures``."""
 
-    def __init__(self, store: Store, owner: str = _OWNER) -> None:
-        """*owner* is the directory of GC roots that this object alone adds to and removes from."""
+    def __init__(self, store: Store, owner: str = _OWNER, *, unsynced: Unsynced | None = None) -> None:
+        """*owner* is the directory of GC roots that this object alone adds to and removes from.
+
+        *unsynced*: what is asked before a path counts as valid; None where somebody else has done so.
+        """
         self._store = store
+        self._unsynced = unsynced
         # No mount outlives a power cut, and who needs a closure then takes its root again.
         self._roots = GcRoots(store, owner, durable=False)
 
@@ -37,6 +42,8 @@ class StoreClosures:
 
     async def is_valid(self, path: StorePath) -> bool:
         """True when *path* is registered with its closure, and all of that is on disk."""
+        if self._unsynced is not None:
+            await self._unsynced.survived()
         return await asyncio.to_thread(is_whole, self._store, path)
 
     async def hold(self, closure_id: str, root: StorePath) -> None:
@@ -45,7 +52,7 @@ class StoreClosures:
         Raises OSError, and :class:`CollectionRuns` when that cannot be had while somebody's collection goes on.
         """
         known = await asyncio.to_thread(self._roots.has, closure_id, root)
-        await asyncio.to_thread(self._roots.add, closure_id, root)
+        await self._roots.added(closure_id, root)
         if not known:
             await outlast_collector(self._store, root)
 

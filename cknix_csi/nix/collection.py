@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,8 +27,9 @@ from cknix_csi.api.progress import humanise
 from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix import database, process
-from cknix_csi.nix.recovery import recover, shown
+from cknix_csi.nix.recovery import StoreUnreadable, shown
 from cknix_csi.nix.store import Store
+from cknix_csi.nix.unsynced import Unsynced
 from cknix_csi.nix.wants import Wants
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,10 @@ _TRIES = 3
 _STRANGER = "symlink: File name too long"
 """Nix looks at the open files of all processes, and fails when one of them has a path that is too long for it."""
 _STRANGER_SECONDS = 2.0
+_LITTLE = 1024 * 1024
+"""Bytes; with less than a part of this Nix cannot even open its database."""
+_FEW = 64
+"""Inodes; the same."""
 # Nix keeps 8 MiB for the day on which a collection finds the disk full.  It would first fill them again, and then not
 # be able to open its database (Nix 2.8).
 _NO_RESERVE = ("--option", "gc-reserved-space", "0")
@@ -106,10 +111,14 @@ class Portion:
 
 
 class Collector:
-    """Collects garbage in *store*; *home* is a directory of this program's own."""
+    """Collects garbage in *store*; *home* is a directory of this program's own.
 
-    def __init__(self, store: Store, home: Path, pace: Pace | None = None) -> None:
+    *unsynced* is asked and told of what a power cut could do; None: one of this object's own, never closed.
+    """
+
+    def __init__(self, store: Store, home: Path, pace: Pace | None = None, *, unsynced: Unsynced | None = None) -> None:
         self._store = store
+        self._unsynced = Unsynced(store) if unsynced is None else unsynced
         self._home = home
         self._pace = pace or Pace()
 
@@ -188,15 +197,18 @@ class Collector:
 
         def graph() -> tuple[Graph, set[str]]:
             # What a view shows and the database has lost would be garbage to Nix, and so would what has lost its root.
-            recover(self._store)
+            self._unsynced.recover()
             return read_graph(self._store), shown(self._store)
 
+        async def survived_graph() -> tuple[Graph, set[str]]:
+            await self._unsynced.survived()
+            return await asyncio.to_thread(graph)
+
         try:
-            return await asyncio.to_thread(graph)
+            return await survived_graph()
         except OutOfSpace:
-            # Nix's reserve is for this moment.
-            (self._store.state / "db/reserved").unlink(missing_ok=True)
-            return await asyncio.to_thread(graph)
+            self._give_up_reserve()
+            return await survived_graph()
 
     async def _dead(self) -> list[str]:
         errors: list[bytes] = []
@@ -207,13 +219,21 @@ class Collector:
 
     async def _delete(self, batch: Sequence[str]) -> list[str]:
         """Delete what of *batch* is still garbage; returns what is gone."""
-        rest = list(batch)
         await asyncio.to_thread(self._begin, batch)
+        async with AsyncExitStack() as kept:
+            # A power cut could leave a path registered whose files are gone.
+            if await asyncio.to_thread(self._can_note):
+                with suppress(OutOfSpace, StoreUnreadable):  # as in _begin
+                    await kept.enter_async_context(self._unsynced.noted(batch))
+            await self._delete_noted(list(batch))
+        return await asyncio.to_thread(self._end, batch)
+
+    async def _delete_noted(self, rest: list[str]) -> None:
         for _ in range(_TRIES):
             errors: list[bytes] = []
             completed = await self._nix_store(["--delete", *rest], errors)
             if completed.code == 0:
-                break
+                return
             said = _text(errors)
             if "still alive" not in said:
                 raise CollectionFailed(f"nix-store --delete failed in {self._store.uri}: {said}")
@@ -221,8 +241,23 @@ class Collector:
             still_dead = set(await self._dead())
             rest = [path for path in rest if path in still_dead and path not in said]
             if not rest:
-                break
-        return await asyncio.to_thread(self._end, batch)
+                return
+
+    def _can_note(self) -> bool:
+        """False where the note would take the last bytes or inodes, without which Nix deletes nothing."""
+
+        def is_full() -> bool:
+            state = os.statvfs(self._store.state)
+            few = state.f_files > 0 and state.f_ffree < _FEW
+            return few or state.f_bfree * state.f_frsize < _LITTLE
+
+        if is_full():
+            self._give_up_reserve()
+        return not is_full()
+
+    def _give_up_reserve(self) -> None:
+        """Nix's, which is for this moment."""
+        (self._store.state / "db/reserved").unlink(missing_ok=True)
 
     def _begin(self, batch: Sequence[str]) -> None:
         """Remember what is deleted now, for a process to come: Nix forgets a path before it deletes it."""

@@ -43,16 +43,23 @@ def tell_collector(store: Store, path: StorePath) -> None:
     """Return when no collection that began before this call can delete *path* any more.
 
     To be called after the root is there and before *path* is looked up: it may be gone already.  Blocks while the
-    collector deletes *path*, unless that goes with others: see :func:`outlast_collector`.  Raises OSError.
+    collector deletes *path*, unless that goes with others: see :func:`outlast_collector`.  Raises OSError, and
+    :class:`CollectionRuns` after 10 seconds: whoever holds the lock may be stopped, or no collector at all.
     """
+    deadline = time.monotonic() + _PATIENCE_SECONDS
     try:
         descriptor = os.open(store.state / "gc.lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return  # the collector makes it before it reads the roots
     try:
-        while not _idle(descriptor) and not _told(store, path):
+        while not _idle(descriptor) and not _told(store, path, deadline):
             # The collection is about to begin or to end.
             time.sleep(_AGAIN_SECONDS)
+            if time.monotonic() > deadline:
+                raise CollectionRuns(
+                    f"whoever collects garbage in {store.uri} does not answer, and {path} may be about to be deleted; "
+                    f"end what holds {store.state}/gc.lock, such as a stopped nix-collect-garbage: it is tried again"
+                )
     finally:
         os.close(descriptor)
 
@@ -108,7 +115,8 @@ def _idle(lock: int) -> bool:
     return True
 
 
-def _told(store: Store, path: StorePath) -> bool:
+def _told(store: Store, path: StorePath, deadline: float) -> bool:
+    """False when the collector has not said by *deadline*, of the monotonic clock, or is not there any more."""
     # A chroot store's path can be longer than an address may be: by descriptor it never is.
     try:
         directory = os.open(store.state / "gc-socket", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -116,12 +124,13 @@ def _told(store: Store, path: StorePath) -> bool:
         return False
     try:
         with socket.socket(socket.AF_UNIX) as collector:
+            collector.settimeout(max(deadline - time.monotonic(), _AGAIN_SECONDS))
             collector.connect(f"/proc/self/fd/{directory}/socket")
             collector.sendall(f"{path}\n".encode())
             told = collector.recv(1) == _ACKNOWLEDGED
             time.sleep(_LINGER_SECONDS)
             return told
-    except (ConnectionError, FileNotFoundError):
+    except (ConnectionError, FileNotFoundError, TimeoutError):
         return False
     finally:
         os.close(directory)

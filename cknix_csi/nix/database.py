@@ -10,8 +10,9 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -48,6 +49,15 @@ _OF_CLOSURE = """
 """
 _CLOSURE = f"{_OF_CLOSURE.format('v.path, v.narSize')} ORDER BY v.path"
 _SIZE_SINCE = f"{_OF_CLOSURE.format('ifnull(sum(v.narSize), 0)')} WHERE v.id > ?"
+# Of the path of a number, and that path.
+_REFERRERS = """
+    WITH RECURSIVE referrers(id) AS (
+        SELECT ?
+        UNION
+        SELECT r.referrer FROM Refs r JOIN referrers f ON r.reference = f.id
+    )
+    SELECT v.id, v.path FROM referrers f JOIN ValidPaths v ON v.id = f.id
+"""
 
 _MEMBERS = "CREATE TEMP TABLE Members (new integer primary key, old integer unique not null)"
 # Run with a new database as "main", the store's as "node", and the closure's paths as a JSON array, in their order.
@@ -102,6 +112,19 @@ _SCHEMA = """
     CREATE INDEX IF NOT EXISTS IndexDerivationOutputs on DerivationOutputs(path);
     CREATE TABLE IF NOT EXISTS SchemaMigrations (migration text primary key not null);
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A registered path: what its files are to be compared with."""
+
+    number: int
+    """Grows from one registration to the next; of a path that is registered again it is another one."""
+    path: str
+    nar_hash: str
+    """``sha256:`` and 64 hexadecimal digits."""
+    nar_size: int
+    """Bytes; 0 when Nix does not know."""
 
 
 class PathNotValid(CknixError):
@@ -163,6 +186,36 @@ def size_since(store: Store, root: StorePath, number: int) -> int:
         if database is None:
             return 0
         return int(database.execute(_SIZE_SINCE, (str(root), number)).fetchone()[0])
+
+
+def registered_since(store: Store, number: int, also: Iterable[str] = ()) -> list[Registered]:
+    """What was registered after the path of that *number*, and what of the paths *also* is registered, by number."""
+    query = "SELECT id, path, hash, ifnull(narSize, 0) FROM ValidPaths WHERE"
+    with reading(store) as database:
+        if database is None:
+            return []
+        rows = {*database.execute(f"{query} id > ?", (number,))}
+        for path in also:
+            rows.update(database.execute(f"{query} path = ?", (path,)))
+    return [Registered(*row) for row in sorted(rows)]
+
+
+def forget(store: Store, number: int) -> list[str]:
+    """Unregister the path of that *number* and all that refer to it, durably; gives all of them.
+
+    Raises :class:`OutOfSpace`, :class:`DatabaseUnreadable`.
+    """
+    with _opened(store, "rw") as database:
+        database.execute("PRAGMA foreign_keys = ON")
+        database.execute("PRAGMA synchronous = FULL")
+        database.execute("BEGIN IMMEDIATE")
+        rows = database.execute(_REFERRERS, (number,)).fetchall()
+        numbers = [(row[0],) for row in rows]
+        # First all references among them: no path can go that another one refers to.
+        database.executemany("DELETE FROM Refs WHERE referrer = ?", numbers)
+        database.executemany("DELETE FROM ValidPaths WHERE id = ?", numbers)
+        database.execute("COMMIT")
+    return [path for _, path in rows]
 
 
 def path_info(store: Store, hash_part: str) -> PathInfo | None:

@@ -77,6 +77,13 @@ class HeldEvaluations:
         finally:
             await self._release(_derivations(evaluation))
 
+    async def substitute(self, path: StorePath) -> None:
+        """Have *path* from the substituters of nix.conf, believing what nix.conf believes; nothing is built.
+
+        Raises what :meth:`Nix.build` raises: BuildFailed when none has it, CacheUnavailable when one is away.
+        """
+        await self.build(Evaluation(path), progress=lambda _: None)
+
     def _hold(self, derivations: Iterable[StorePath]) -> list[StorePath]:
         """Take roots; returns what had none."""
         new = [derivation for derivation in derivations if not self._roots.has(derivation.basename, derivation)]

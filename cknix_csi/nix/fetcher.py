@@ -15,7 +15,7 @@ from cknix_csi.nix.database import DatabaseDamaged, PathNotValid
 from cknix_csi.nix.fetcherrors import PathCollected
 from cknix_csi.nix.gcroots import GcRoots
 from cknix_csi.nix.nix import Nix, OnProgress
-from cknix_csi.nix.recovery import is_whole, missing, recover
+from cknix_csi.nix.recovery import is_whole, missing
 from cknix_csi.nix.substituters import CacheEndpoint
 
 _MAX_NAMED = 5
@@ -51,6 +51,7 @@ class StoreFetcher:
 
         The disk is looked at only while no volume on this node has the closure.
         """
+        await self._nix.unsynced.survived()
         return await asyncio.to_thread(self._is_valid, path)
 
     async def fetch(self, path: StorePath, progress: OnProgress) -> None:
@@ -58,7 +59,7 @@ class StoreFetcher:
 
         Raises what :meth:`Nix.substitute` raises, and DatabaseUnreadable.
         """
-        await asyncio.to_thread(recover, self._nix.store)
+        await self._nix.unsynced.recovered()
         newest = await asyncio.to_thread(self._newest)
         try:
             await self._fetch_undisturbed(path, progress)
@@ -68,13 +69,16 @@ class StoreFetcher:
         self._fetched(await asyncio.to_thread(self._size_since, path, newest))
 
     async def hold(self, path: StorePath) -> None:
-        await asyncio.to_thread(self._roots.add, path.basename, path)
+        await self._roots.added(path.basename, path)
 
     async def release(self, path: StorePath) -> None:
         await asyncio.to_thread(self._roots.remove, path.basename)
 
     async def release_all(self) -> None:
-        """Undo what a process held that ended without, and delete what its fetches left half-way."""
+        """Undo what a process held that ended without, and delete what its fetches left half-way.
+
+        What a power cut has damaged is looked for from then on.
+        """
 
         def release() -> None:
             for name in self._roots.list():
@@ -82,6 +86,8 @@ class StoreFetcher:
 
         await asyncio.to_thread(release)
         await asyncio.to_thread(self._tidy, recovered=False)
+        # Nobody need wait for it before there is something to be fetched or mounted.
+        self._nix.unsynced.begin()
 
     async def _fetch_undisturbed(self, path: StorePath, progress: OnProgress) -> None:
         """Begin again when a garbage collection took a part of it."""
@@ -115,7 +121,7 @@ class StoreFetcher:
         """Give back the space of fetches that were interrupted; what cannot be now can be after the next one."""
         try:
             if not recovered:
-                recover(self._nix.store)
+                self._nix.unsynced.recover()
             leftovers.clear(self._nix.store)
         except (CknixError, OSError) as error:
             _log.warning("what interrupted fetches left in %s was not deleted: %s", self._nix.store.physical, error)

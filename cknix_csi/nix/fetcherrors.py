@@ -50,8 +50,17 @@ class PathCollected(CknixError):
 def unreachable(errors: Sequence[str], warnings: Sequence[str]) -> str:
     """Which server could not be asked, and why, by what a command said; empty when all have answered."""
     said = [message for message in (*warnings, *errors) if _RETRYING not in message and not _ANSWERED.search(message)]
-    why = _with(said, _DOWNLOAD)
-    return f"{_DOWNLOAD}{why.partition(_DOWNLOAD)[2]}" if why else _with(said, _LEFT_OUT).removesuffix(", ignoring")
+    if why := _with(said, _DOWNLOAD):
+        return f"{_DOWNLOAD}{why.partition(_DOWNLOAD)[2]}"
+    left_out = _with(said, _LEFT_OUT).removesuffix(", ignoring")
+    return f"{left_out}{_cause((*warnings, *errors), left_out)}"
+
+
+def _cause(messages: Sequence[str], left_out: str) -> str:
+    """Why the entry of the search path that *left_out* names was left out: Nix says so of its first attempts only."""
+    url = left_out.partition("'")[2].partition("'")[0]
+    tried = [message for message in messages if _RETRYING in message and url]
+    return _with(tried, f"{_DOWNLOAD} '{url}': ").partition(_RETRYING)[0].partition(f"'{url}'")[2]
 
 
 def killed_builder(errors: Sequence[str]) -> bool:

@@ -6,16 +6,21 @@ exists: a path is thus protected from the moment it becomes valid.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from cknix_csi.api.storepath import InvalidStorePath, StorePath
 from cknix_csi.nix.collector import CollectionRuns, outlast_in_thread, tell_collector
+from cknix_csi.nix.durable import make_directory, sync_directory
 from cknix_csi.nix.store import Store
 
 _NEW = ".new"
+# Apart from those in which everybody else works: these may have to wait for an administrator's collector.
+_patient = ThreadPoolExecutor(4, "cknix-roots")
 
 
 class GcRoots:
@@ -43,16 +48,21 @@ class GcRoots:
 
         When this returns, the root holds also against a collection that began before; but for one that is about to
         delete *path* together with others, unless this object is *outlasting*.  *path* may be gone already: look it up
-        afterwards.  Raises OSError, and CollectionRuns when that wait is too long: then there is no root.
+        afterwards.  Raises OSError, and CollectionRuns when a wait is too long: then there is no root.
         """
         new = self._link_to(self._link(name), path)
-        tell_collector(self._store, path)
-        if new and self._outlasting:
-            try:
+        try:
+            tell_collector(self._store, path)
+            if new and self._outlasting:
                 outlast_in_thread(self._store, path)
-            except CollectionRuns:
+        except CollectionRuns:
+            if new:
                 self.remove(name)  # the next add is to wait again
-                raise
+            raise
+
+    async def added(self, name: str, path: StorePath) -> None:
+        """:meth:`add`, in a thread that nobody needs for anything else."""
+        await asyncio.get_running_loop().run_in_executor(_patient, self.add, name, path)
 
     def has(self, name: str, path: StorePath) -> bool:
         """True when *path* is rooted under *name*."""
@@ -70,7 +80,7 @@ class GcRoots:
             except FileNotFoundError:
                 pass
             if self._durable:
-                _make_directory(link.parent)
+                make_directory(link.parent)
             else:
                 link.parent.mkdir(parents=True, exist_ok=True)
             beside = link.with_name(_NEW)
@@ -78,7 +88,7 @@ class GcRoots:
             beside.symlink_to(str(path))
             beside.replace(link)
             if self._durable:
-                _fsync_directory(link.parent)
+                sync_directory(link.parent)
             return True
 
     def remove(self, name: str) -> None:
@@ -119,20 +129,3 @@ class GcRoots:
         if any(not part or part.startswith(".") or "\0" in part for part in parts):
             raise ValueError(f"{name!r} is not a name for a GC root")
         return self._directory.joinpath(*parts)
-
-
-def _make_directory(directory: Path) -> None:
-    """Make *directory* and those above it, durable as well."""
-    if directory.is_dir():
-        return
-    _make_directory(directory.parent)
-    directory.mkdir(exist_ok=True)
-    _fsync_directory(directory.parent)
-
-
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

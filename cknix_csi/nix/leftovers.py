@@ -35,9 +35,19 @@ def clear(store: Store) -> None:
             continue
         # Nix holds the lock from before it writes until the path is registered.
         with _locked(lock) as mine:
-            if mine and f"{STORE_DIR}/{path.name}" not in database.registered(store):
-                _delete(path)
+            if mine and _is_unregistered(store, path):
+                delete(path)
                 _log.info("deleted %s, which an interrupted fetch left", path)
+
+
+def clear_all(store: Store) -> None:
+    """As :func:`clear`, and also what has no lock beside it: for when nobody can have begun to write anything."""
+    clear(store)
+    for name in sorted(os.listdir(store.physical)):
+        path = store.physical / name
+        if is_basename(name) and not os.path.lexists(f"{path}{_LOCK}") and _is_unregistered(store, path):
+            delete(path)
+            _log.info("deleted %s, which is not registered", path)
 
 
 @contextmanager
@@ -63,8 +73,17 @@ def _try_lock(descriptor: int, lock: Path) -> bool:
         return False
 
 
-def _delete(path: Path) -> None:
-    if not stat.S_ISDIR(path.lstat().st_mode):
+def _is_unregistered(store: Store, path: Path) -> bool:
+    return f"{STORE_DIR}/{path.name}" not in database.registered(store)
+
+
+def delete(path: Path) -> None:
+    """Delete *path*, whatever it is, with all that is in it; nothing there is fine.  Raises OSError."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode):
         path.unlink()
         return
     for directory, _, _ in os.walk(path):

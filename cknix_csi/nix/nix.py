@@ -40,9 +40,10 @@ from cknix_csi.nix.confine import confined, contained
 from cknix_csi.nix.fetcherrors import PathCollected, fetch_error, killed_builder, met_collector, unreachable
 from cknix_csi.nix.log import Log
 from cknix_csi.nix.readable import readable
-from cknix_csi.nix.recovery import missing, recover
+from cknix_csi.nix.recovery import missing
 from cknix_csi.nix.store import Store
 from cknix_csi.nix.substituters import CacheEndpoint
+from cknix_csi.nix.unsynced import Unsynced, this_boot
 
 OnProgress = Callable[[Progress], None]
 
@@ -80,11 +81,16 @@ class Evaluation:
 
 
 class Nix:
-    """The Nix of this machine, working on one store."""
+    """The Nix of this machine, working on one store; to be closed in the end."""
 
-    def __init__(self, store: Store, options: NixOptions) -> None:
+    def __init__(self, store: Store, options: NixOptions, *, boot_id: Callable[[], str] = this_boot) -> None:
         self.store = store
+        self.unsynced = Unsynced(store, boot_id=boot_id, after_cut=self._forget_downloads)
         self._options = options
+
+    async def close(self) -> None:
+        """End what goes on in the background."""
+        await self.unsynced.close()
 
     async def evaluate(self, data: Data, system: str) -> Evaluation:
         """Evaluate *data* for *system*; derivations are instantiated in the store, nothing is built for them.
@@ -93,7 +99,7 @@ class Nix:
         """
         if data.kind == "storePath":
             return Evaluation(StorePath.parse(data.text))
-        await asyncio.to_thread(recover, self.store)
+        await self.unsynced.recovered()
         if data.kind == "flakeRef":
             _require_flake_ref(data.text)
             arguments = ["--no-write-lock-file"]
@@ -117,7 +123,12 @@ class Nix:
                 if self._options.restrict_eval:
                     # getFlake and fetchTree copy files of this machine to the store before they are refused.
                     arguments += ["--option", "restrict-eval", "true", "--option", "experimental-features", ""]
-                description = await self._describe(arguments, [], system, {str(file): "expr", str(directory): "expr"})
+                    renames = {str(file): "expr", str(directory): "expr"}
+                    description = await self._describe(arguments, [], system, renames)
+                else:
+                    # Relative paths are those of the directory this program was started in, as to `nix-build --expr`.
+                    arguments[1] = "-"
+                    description = await self._describe(arguments, [], system, {"«stdin»": "expr"}, file)
         return _evaluation(data, description)
 
     async def build(self, evaluation: Evaluation, *, progress: OnProgress) -> None:
@@ -125,13 +136,13 @@ class Nix:
 
         Raises :class:`BuildFailed`, :class:`BuildKilled`, :class:`DeadlineExceeded`, :class:`OutOfSpace`.
         """
-        await asyncio.to_thread(recover, self.store)
+        await self.unsynced.recovered()
         targets = evaluation.derivations or (str(evaluation.result),)
         await self._realise("--realise", targets, evaluation, progress)
         if gone := await asyncio.to_thread(lambda: missing(self.store, evaluation.result)):
             # To Nix they are there, and so it has done nothing.
             _log.warning("%d registered paths of %s are not on disk", len(gone), evaluation.result)
-            await self._realise("--repair-path", [str(path) for path in gone], evaluation, progress)
+            await self._realise(_REPAIR, [str(path) for path in gone], evaluation, progress)
 
     async def _realise(
         self, operation: str, targets: Sequence[str], evaluation: Evaluation, progress: OnProgress
@@ -142,7 +153,8 @@ class Nix:
             command = self._on_this_store(
                 ["nix-store", operation, *targets, *_LOGGING, *_as_arguments(self._options.settings)]
             )
-            completed = await self._run(contained(command), log, timeout)
+            async with self.unsynced.noted(targets if operation == _REPAIR else ()):
+                completed = await self._run(contained(command), log, timeout)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"the build of {evaluation.result} did not end within {humanise(timeout)} and was stopped; "
@@ -179,7 +191,7 @@ class Nix:
         Raises what :meth:`substitute` raises.
         """
         # `--realise --repair` leaves out what the path refers to, and `--delete` refuses what others refer to.
-        await self._fetch("--repair-path", paths, caches, progress)
+        await self._fetch(_REPAIR, paths, caches, progress)
 
     async def _fetch(
         self, operation: str, paths: Sequence[StorePath], caches: Sequence[CacheEndpoint], progress: OnProgress
@@ -206,7 +218,8 @@ class Nix:
         names = [str(path) for path in paths]
         try:
             command = self._on_this_store(["nix-store", operation, *names, *_LOGGING, *_as_arguments(options)])
-            completed = await self._run(command, log, timeout)
+            async with self.unsynced.noted(names if operation == _REPAIR else ()):
+                completed = await self._run(command, log, timeout)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"fetching {paths[0]} from {', '.join(urls) or 'the substituters of nix.conf'} did not end within "
@@ -225,7 +238,12 @@ class Nix:
         raise error
 
     async def _describe(
-        self, arguments: list[str], installables: list[str], system: str, renames: Mapping[str, str]
+        self,
+        arguments: list[str],
+        installables: list[str],
+        system: str,
+        renames: Mapping[str, str],
+        standard_input: Path | None = None,
     ) -> dict[str, Any]:
         log = Log()
         timeout = self._options.eval_timeout
@@ -241,13 +259,16 @@ class Nix:
         command = ["nix", "eval", "--json", "--apply", apply, "--log-format", "internal-json", *arguments]
         features = "nix-command" if self._options.restrict_eval and not installables else "nix-command flakes"
         command = [*self._on_this_store(command, features), *_as_arguments(options), *installables]
+        if standard_input is not None:
+            command = ["sh", "-c", 'exec "$@" <"$0"', str(standard_input), *command]
         directory = None
         if self._options.restrict_eval:
             command = confined(command, self._options.hidden)
             # What a relative flake reference means: nothing.
             directory = self._options.home / "empty"
         try:
-            completed = await self._run(command, log, timeout, directory)
+            async with self.unsynced.noted():
+                completed = await self._run(command, log, timeout, directory)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"the evaluation did not end within {humanise(timeout)} and was stopped; "
@@ -288,6 +309,10 @@ class Nix:
         except FileNotFoundError as error:
             raise CknixError(f"{error.filename} was not found; is Nix on PATH?", Situation.NIX_NOT_FOUND) from None
 
+    def _forget_downloads(self) -> None:
+        """Nix's caches of repositories and archives are not synced either, and it believes what it finds there."""
+        shutil.rmtree(self._options.home / "cache", ignore_errors=True)
+
     def _scratch(self) -> Path:
         """Where Nix and we keep temporary files: what others build is not for everybody in ``/tmp``."""
         self._options.home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -324,6 +349,7 @@ _MAX_LOGGED = 2000
 # Bytes; with less than this SQLite cannot even map its -shm file.
 _LITTLE = 64 * 1024
 _SOURCE = re.compile(rf"{STORE_DIR}/[0-9a-z]{{32}}-source")
+_REPAIR = "--repair-path"
 _LOGGING = ("--log-format", "internal-json", "-v")
 
 

@@ -43,14 +43,15 @@ class StoreUnreadable(CknixError):
     situation = Situation.STORE_UNREADABLE
 
 
-def recover(store: Store) -> None:
+def recover(store: Store) -> bool:
     """Give *store* a database that holds at least what its views and farms show.  Synchronous: call it from a thread.
 
-    To be called before anything is fetched.  A database that cannot be read any more is set aside.  Raises
-    :class:`DatabaseUnreadable` also when a view's cannot be read: then nobody knows what must not be touched;
+    To be called before anything is fetched.  A database that cannot be read any more is set aside, and True given.
+    Raises :class:`DatabaseUnreadable` also when a view's cannot be read: then nobody knows what must not be touched;
     :class:`OutOfSpace` and :class:`StoreUnreadable`.
     """
-    with _lock, _told(store):
+    aside = None
+    with _lock, told(store):
         try:
             database.require_whole(store)
         except DatabaseDamaged as error:
@@ -62,6 +63,7 @@ def recover(store: Store) -> None:
         if lost:
             database.register(store, lost.values())
             _log.warning("%d store paths of volumes were not registered any more, and are again", len(lost))
+    return aside is not None
 
 
 def shown(store: Store) -> set[str]:
@@ -69,7 +71,7 @@ def shown(store: Store) -> set[str]:
 
     Raises :class:`DatabaseUnreadable`, :class:`OutOfSpace` and :class:`StoreUnreadable`.
     """
-    with _told(store):
+    with told(store):
         return {path for paths in _of_trees(store, database.read_paths) for path in paths}
 
 
@@ -90,7 +92,7 @@ def missing(store: Store, path: StorePath) -> list[StorePath]:
     Raises :class:`PathNotValid`, :class:`DatabaseUnreadable`, :class:`StoreUnreadable`.
     """
     closure = database.query_closure(store, path)
-    with _told(store):
+    with told(store):
         return [info.path for info in closure.paths if not _exists(store.physical_path(info.path))]
 
 
@@ -104,7 +106,8 @@ def _exists(path: os.PathLike[str]) -> bool:
 
 
 @contextmanager
-def _told(store: Store) -> Iterator[None]:
+def told(store: Store) -> Iterator[None]:
+    """What the operating system says in the block of *store*'s disk becomes OutOfSpace or :class:`StoreUnreadable`."""
     try:
         yield
     except OSError as error:

@@ -154,7 +154,9 @@ class _Run:
             return EXIT_SIGNALLED + self._signalled
         finally:
             self._report.clear()
+            await volumes.emptied()  # there is no next start for what a run leaves
             await volumes.close()
+            await self._nix.close()
 
     def _on_signal(self, number: signal.Signals, working: asyncio.Task[object]) -> None:
         if self._child.started:

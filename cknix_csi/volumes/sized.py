@@ -1,12 +1,14 @@
 """A place of limited size for what a writable volume writes, so that no pod can fill the node.
 
-    <path>/disk.img   a sparse file of the size of the limit, with an ext4 in it
+    <path>/disk.img   a sparse file a little larger than the limit, with an ext4 in it
     <path>/space      where that is mounted, through a loop device; or a tmpfs of that size
     <path>/space/{upper,work}
 
-The limit is the size of the file system, so that the node never loses more than what was agreed.  A pod gets that less
-what ext4 keeps for itself: 3 % for inodes (one per 8 KiB), 2 % and at most 16 MiB to never run out in the middle of a
-write, the journal and 0.1 MB.  On disk an empty place takes 0.1 MB whatever its limit, and grows with what is written.
+The limit is what a pod can write: ``df`` in an empty place tells that much as available, and at most 6 % more.  The
+image is larger by what ext4 keeps for itself: 3 % for inodes (one per 8 KiB), 2 % and at most 16 MiB to never run out
+in the middle of a write, the journal and 0.1 MB.  That is all the node can lose beyond the limit: 6 % of 16Mi, 12 % of
+64Mi, where the journal begins, 4 % of 10Gi.  The limit itself is the label of the file system.  On disk an empty place
+takes 0.1 MB whatever its limit, and grows with what is written.
 What the pod deletes is its own again at once, and the node's after
 :meth:`SizedStorage.trim` or with the volume: giving blocks back with each deletion makes that 10 times as slow.
 
@@ -70,6 +72,15 @@ _FEATURES = (
 )
 _WITH_JOURNAL = 64 << 20
 """Bytes from which on there is a journal: smaller places have neither room for it nor enough inodes to need it."""
+_INODE_SIZE = 256
+_GROUP = 128 << 20
+"""Bytes of a block group: what one block of its bitmap can count."""
+_SMALLEST_GROUP = 6 << 20
+"""Bytes that a last group needs to be of use: mkfs leaves one out that has little beyond its inode tables (4 MiB)."""
+_RESERVE = 16 << 20
+"""Most bytes that the kernel sets aside of an ext4; of a smaller one 2 % (``ext4_calculate_resv_clusters``)."""
+_LABEL = (1024 + 0x78, 16)
+"""Where ``s_volume_name`` is in the image (``fs/ext4/ext4.h``): offset and bytes."""
 _MKFS_SECONDS = 60.0
 _MKFS_OUTPUT = 4096
 _WHERE_MKFS_IS = "/usr/local/sbin:/usr/sbin:/sbin"
@@ -162,7 +173,7 @@ class KernelSizedStorage:
             return None
         with explained(f"see how large {space} is"):
             try:
-                return Limit(os.stat(f"{path}/{IMAGE}", follow_symlinks=False).st_size)
+                return _limit_of(f"{path}/{IMAGE}")
             except FileNotFoundError:
                 found = os.statvfs(space)
                 return Limit(found.f_blocks * found.f_frsize, Medium.MEMORY)
@@ -202,9 +213,9 @@ def _mount_disk(path: str, space: str, size: int) -> None:
     image_path = f"{path}/{IMAGE}"
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with syscalls.owned(os.open(image_path, flags, 0o600)) as image:
-        os.ftruncate(image, size - size % loop.BLOCK_SIZE)
         journal = _journal_mebibytes(size)
-        _make_ext4(image, journal)
+        os.ftruncate(image, image_size(size))
+        _make_ext4(image, journal, label=str(size - size % loop.BLOCK_SIZE))
         with loop.attached(image, name=image_path, scratch=path) as device, _context("ext4") as context:
             syscalls.fsconfig_string(context, "source", device)
             for option in (
@@ -225,6 +236,29 @@ def _journal_mebibytes(size: int) -> int:
     if size < _WITH_JOURNAL:
         return 0
     return 4 if size < 1 << 30 else 16
+
+
+def image_size(limit: int) -> int:
+    """Bytes of an image whose file system has room for *limit* bytes of a pod's."""
+    block = loop.BLOCK_SIZE
+    # Of a group: two bitmaps, its descriptor, and what its inode table is rounded up by.
+    groups = limit // (_GROUP * 15 // 16) + 1
+    room = limit + (_journal_mebibytes(limit) << 20) + (18 + 3 * groups) * block
+    # Solved for the image, of which the inodes and the reserve are a part.
+    inodes = _INODE_SIZE / _BYTES_PER_INODE
+    size = int(min(room / (1 - inodes - 0.02), (room + _RESERVE) / (1 - inodes)))
+    if size > _GROUP and 0 < size % _GROUP < _SMALLEST_GROUP:
+        size += _SMALLEST_GROUP
+    return size + -size % block
+
+
+def _limit_of(image_path: str) -> Limit:
+    """The limit that the file system in the image was made for."""
+    offset, length = _LABEL
+    with syscalls.owned(os.open(image_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as image:
+        label = os.pread(image, length, offset).rstrip(b"\0")
+        # Without a label it is from an earlier version, whose limit was the image's size.
+        return Limit(int(label) if label.isdigit() else os.fstat(image).st_size)
 
 
 def _mount_memory(space: str, size: int) -> None:
@@ -255,8 +289,8 @@ def _mount(context: int, space: str) -> None:
         syscalls.move_mount(root, space)
 
 
-def _make_ext4(image: int, journal: int) -> None:
-    """An empty ext4 with *journal* MiB of journal in the file of descriptor *image*.
+def _make_ext4(image: int, journal: int, label: str) -> None:
+    """An empty ext4 with *journal* MiB of journal in the file of descriptor *image*, called *label*.
 
     Raises :class:`OSError` with ENOSPC, VolumeFailed.
     """
@@ -267,7 +301,8 @@ def _make_ext4(image: int, journal: int) -> None:
             "beside it, or ask for memory instead of disk"
         )
     features, extended = [*_FEATURES], "nodiscard,lazy_itable_init=1,num_backup_sb=0"
-    options = ["-q", "-F", "-b", str(loop.BLOCK_SIZE), "-I", "256", "-i", str(_BYTES_PER_INODE), "-m", "0"]
+    options = ["-q", "-F", "-b", str(loop.BLOCK_SIZE), "-I", str(_INODE_SIZE), "-i", str(_BYTES_PER_INODE)]
+    options += ["-m", "0", "-L", label]
     if journal:
         features.append("has_journal")
         extended += ",lazy_journal_init=1"

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import stat
+import threading
 import time
 import uuid
 
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 _BATCH = 256
 _PAUSE = 0.005
 """Seconds of rest after each _BATCH entries: a big deletion must not hold up what pods wait for."""
+_CLOSE_SECONDS = 3.0
+"""Enough for what a few pods leave; a process that is to end has half a minute for everything."""
 _DEPTH = 64
 """Deeper directories are first moved to the top: descriptors are few, and a pod may nest without limit."""
 _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -33,6 +36,7 @@ class Trash:
         self._directory = directory
         self._task: asyncio.Task[None] | None = None
         self._pending = False
+        self._stop = threading.Event()
 
     def take(self, path: str) -> None:
         """Rename *path* into the trash; the caller knows that no mount uses it.  Raises VolumeFailed."""
@@ -61,15 +65,20 @@ class Trash:
         if self._task is not None:
             await asyncio.wait({self._task}, timeout=patience)
 
-    async def close(self) -> None:
-        """Wait for what :meth:`empty` began."""
-        if self._task is not None:
+    async def close(self, patience: float = _CLOSE_SECONDS) -> None:
+        """Give what :meth:`empty` began *patience* seconds, then stop it; what is left waits for the next process."""
+        if self._task is None:
+            return
+        if not (await asyncio.wait({self._task}, timeout=patience))[0]:
+            self._stop.set()
             await self._task
+            self._stop.clear()
 
     async def _run(self) -> None:
-        while self._pending:
+        while self._pending and not self._stop.is_set():
             self._pending = False
             await asyncio.to_thread(self._delete_all)
+        self._pending = self._stop.is_set()
 
     def _delete_all(self) -> None:
         try:
@@ -82,22 +91,33 @@ class Trash:
             return
         for path in found:
             try:
-                delete_tree(path)
+                delete_tree(path, self._stop)
+            except _Stopped:
+                log.info("deleting what is in %s has stopped, and goes on at the next start", self._directory)
+                return
             except OSError as error:
                 log.warning("cannot delete %s: %s", path, error)
 
 
-def delete_tree(path: str) -> None:
-    """Delete *path* and all below it; raises :class:`OSError`, EXDEV where a mount stands in the way."""
+def delete_tree(path: str, stop: threading.Event | None = None) -> None:
+    """Delete *path* and all below it; raises :class:`OSError`, EXDEV where a mount stands in the way.
+
+    Raises :class:`_Stopped` between two entries when *stop* is set.
+    """
     with syscalls.owned(os.open(os.path.dirname(path), _FLAGS)) as parent:
-        _Deletion(parent).remove(os.path.basename(path))
+        _Deletion(parent, stop or threading.Event()).remove(os.path.basename(path))
+
+
+class _Stopped(Exception):
+    """Somebody wants the deletion to end before it is done."""
 
 
 class _Deletion:
     """One deletion; *top* is the descriptor of the directory it happens in, and too deep directories are moved to."""
 
-    def __init__(self, top: int) -> None:
+    def __init__(self, top: int, stop: threading.Event) -> None:
         self._top = top
+        self._stop = stop
         self._moved: list[str] = []
         self._removed = 0
 
@@ -107,6 +127,8 @@ class _Deletion:
             self._one(self._top, self._moved.pop(), is_directory=True, depth=0)
 
     def _one(self, parent: int, name: str, *, is_directory: bool, depth: int) -> None:
+        if self._stop.is_set():
+            raise _Stopped
         if not is_directory:
             os.unlink(name, dir_fd=parent)
         elif depth > _DEPTH:

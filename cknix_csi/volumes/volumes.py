@@ -370,7 +370,7 @@ class Volumes:
         self._trash.empty()
 
     async def close(self) -> None:
-        """Wait for deletions in the background and let go of the data root.  Volumes stay mounted."""
+        """Let go of the data root; deletions in the background get a moment.  Volumes stay mounted."""
         await self._usage.close()
         await self._unused.close()
         self._trash.empty()  # what a cancelled task has only moved there

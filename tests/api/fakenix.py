@@ -52,7 +52,7 @@ class World:
         return self.directory / "valid"
 
     def prepare(self) -> None:
-        for name in ("valid", "gates", "root"):
+        for name in ("valid", "gates", "root", "substituter"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         self.journal.touch()
 
@@ -66,6 +66,10 @@ class World:
     def collect(self, name: str) -> None:
         """Make the result *name* vanish, as a garbage collection or a new disk would."""
         (self.valid / store_path(name).basename).unlink()
+
+    def offer(self, name: str) -> None:
+        """Let a substituter have the result *name*."""
+        (self.directory / "substituter" / store_path(name).basename).touch()
 
     def note(self, event: str, name: str) -> None:
         with self.journal.open("a") as journal:
@@ -124,6 +128,12 @@ class FakeNix:
         taken = mode == "taken" and not self._world.noted("built", name)
         (self._world.valid / path.basename).write_text(TAKEN if taken else "")
         self._world.note("built", name)
+
+    async def substitute(self, path: StorePath) -> None:
+        self._world.note("substitute", path.name)
+        if not (self._world.directory / "substituter" / path.basename).exists():
+            raise BuildFailed(f"{path} is not in the store and no substituter has it")
+        (self._world.valid / path.basename).touch()
 
     async def _gate(self, name: str, what: str) -> None:
         try:

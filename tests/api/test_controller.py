@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from typing import Any
 
 from cknix_csi.api import conditions
-from cknix_csi.api.expression import FINALIZER
+from cknix_csi.api.expression import FINALIZER, Observed
 from cknix_csi.kube.api import JSON_PATCH, MERGE_PATCH, Json, core, expressions
 from cknix_csi.kube.client import KubernetesApi
 from tests.api.conftest import Controller, Expressions, eventually
@@ -447,6 +448,101 @@ async def test_a_result_that_the_store_lost_is_built_again_while_it_stays_shown(
     assert condition(status, "Ready")["status"] == "True"
     controller.world.open("a")
     await expr.reaches("a", "Succeeded")
+
+
+async def last_good(expr: Expressions, controller: Controller) -> Json:
+    """Two results, and a newest generation that does not build."""
+    controller.start(node="node-0")
+    await expr.create("a", "result=old")
+    await expr.reaches("a", "Succeeded")
+    await expr.change("a", expr="result=good")
+    await expr.reaches("a", "Succeeded")
+    await expr.change("a", expr="result=bad build=fail")
+    status = await expr.reaches("a", "Failed")
+    await controller.keeps_only(path("good"), path("old"))
+    return status
+
+
+def said(controller: Controller, level: str, words: str) -> int:
+    return sum(f" {level} " in line and words in line for line in controller.log().splitlines())
+
+
+async def test_a_controller_that_moves_says_what_it_has_lost_and_has_it_again_when_it_moves_back(
+    expr: Expressions, controller: Controller, second: Controller
+) -> None:
+    before = await last_good(expr, controller)
+    controller.stop()
+
+    second.start(node="node-1")
+    status = await expr.shows("a", lambda status: condition(status, "Ready")["reason"] == "ResultLost")
+    # Nodes that have the closure go on with it: the result is named as ever.
+    for field in ("phase", "result", "results", "observedGeneration", "message"):
+        assert status[field] == before[field]
+    assert Observed.parse(await expr.get("a")).results == {"x86_64-linux": store_path("good")}
+    ready = condition(status, "Ready")
+    assert (ready["status"], ready["observedGeneration"]) == ("False", 2)
+    assert "the controller's store was left on node node-0" in ready["message"]
+    assert "gcRoots" not in status
+    assert status["lostResults"] == [{**root, "node": "node-0"} for root in before["gcRoots"]]
+    for name in ("good", "old"):
+        await second.noted("substitute", name)
+    await second.keeps_only()
+    described = expr.server.kubectl("get", "events", "-n", expr.namespace, "-o", "json")
+    events = [event for event in json.loads(described)["items"] if event["reason"] == "ResultLost"]
+    assert {event["type"] for event in events} == {"Warning"}
+    for name, generation in (("good", 2), ("old", 1)):
+        (message,) = [event["message"] for event in events if path(name) in event["message"]]
+        assert message.startswith(
+            f"{path(name)} of generation {generation} is lost: the controller's store was left on node node-0, "
+            "and no substituter has it; move the controller back to node node-0, correct the Expression"
+        )
+        assert said(second, "WARNING", f"ResultLost: {path(name)}") == 1
+    assert second.world.noted("build") == 0
+    # It stays so after a restart, which does not know any more where it was before but by what it has written.
+    second.stop()
+    second.start(node="node-1")
+    await second.noted("substitute", "good", 2)
+    assert condition(await expr.status("a"), "Ready")["reason"] == "ResultLost"
+    second.stop()
+
+    builds = controller.world.noted("build")
+    controller.start(node="node-0")
+    status = await expr.shows("a", lambda status: condition(status, "Ready")["status"] == "True")
+    assert condition(status, "Ready")["reason"] == "LastGoodResult"
+    assert status["gcRoots"] == before["gcRoots"]
+    assert "lostResults" not in status
+    await controller.keeps_only(path("good"), path("old"))
+    assert controller.world.noted("build") == builds
+    await eventually(lambda: _has(expr, "a", "ResultFound"))
+
+
+async def test_what_was_lost_is_had_again_by_correcting_the_expression(
+    expr: Expressions, controller: Controller, second: Controller
+) -> None:
+    await last_good(expr, controller)
+    controller.stop()
+    second.start(node="node-1")
+    await eventually(lambda: _has(expr, "a", "ResultLost"))
+    await expr.change("a", expr="result=good")
+    status = await expr.reaches("a", "Succeeded", 4)
+    assert (condition(status, "Ready")["status"], condition(status, "Ready")["reason"]) == ("True", "Succeeded")
+    assert [root["path"] for root in status["gcRoots"]] == [path("good")]
+    assert [root["path"] for root in status["lostResults"]] == [path("old")]
+    await second.keeps_only(path("good"))
+
+
+async def test_what_a_substituter_has_is_not_lost_by_a_move(
+    expr: Expressions, controller: Controller, second: Controller
+) -> None:
+    before = await last_good(expr, controller)
+    controller.stop()
+    for name in ("good", "old"):
+        second.world.offer(name)
+    second.start(node="node-1")
+    await second.keeps_only(path("good"), path("old"))
+    status = await expr.shows("a", lambda status: status.get("gcRoots") == before["gcRoots"])
+    assert condition(status, "Ready")["reason"] == "LastGoodResult"
+    assert "ResultLost" not in await expr.events("a")
 
 
 async def test_a_result_that_a_collection_takes_at_once_is_built_again_before_it_counts(

@@ -7,8 +7,9 @@ from typing import NoReturn
 
 from cknix_csi.controller.key import publish_config
 from cknix_csi.kube.client import KubernetesApi
-from cknix_csi.kube.controllerplace import follow_controller
-from tests.api.conftest import eventually
+from cknix_csi.kube.controllerplace import follow_controller, place_before
+from tests.api import rbac
+from tests.api.conftest import connected, eventually
 from tests.api.server import DRIVER_NAMESPACE, Server
 
 
@@ -45,4 +46,39 @@ async def test_a_node_hears_where_the_controller_lives_and_when_it_moves(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        server.kubectl("delete", "-n", DRIVER_NAMESPACE, "--ignore-not-found", "configmap", "cknix-cache")
+
+
+async def test_a_controller_knows_where_it_was_before_with_no_more_rights_than_it_has(server: Server) -> None:
+    kubeconfig = server.kubeconfig("controller", rbac.token(server, rbac.CONTROLLER))
+    try:
+        async with connected(kubeconfig) as api:
+
+            async def before(node: str) -> str:
+                return await place_before(api, DRIVER_NAMESPACE, node)
+
+            async def lives(node: str) -> None:
+                config = publish_config(api, DRIVER_NAMESPACE, "http://cache", "k:cHVibGlj", node)
+                task = asyncio.create_task(config)
+
+                async def written() -> bool:
+                    # Whoever comes to a third node knows the second.
+                    return await before("no-node") == node
+
+                await eventually(written)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+            assert await before("node-a") == ""
+            await lives("node-a")
+            assert await before("node-a") == ""
+            assert await before("node-b") == "node-a"
+            await lives("node-b")
+            assert await before("node-b") == "node-a"
+            # A restart on the same node has not been elsewhere.
+            await lives("node-b")
+            assert await before("node-b") == "node-a"
+            await lives("node-a")
+            assert await before("node-a") == "node-b"
+    finally:
         server.kubectl("delete", "-n", DRIVER_NAMESPACE, "--ignore-not-found", "configmap", "cknix-cache")

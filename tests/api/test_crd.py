@@ -54,10 +54,27 @@ def test_kubectl_apply_names_what_is_misspelt_or_missing(server: Server, text: s
     assert field in str(refusal.value)
 
 
-async def test_a_refresh_that_is_no_duration_is_refused_for_that_alone(api: KubernetesApi) -> None:
+@pytest.mark.parametrize(
+    ("spec", "field", "words"),
+    [
+        *(
+            ({"data": {"expr": "1"}, "refresh": refresh}, "spec.refresh:", "is not a duration; write for example 90s,")
+            for refresh in ("24hours", "daily", "1h 30m")
+        ),
+        *(
+            ({"data": {"storePath": path}}, "spec.data.storePath:", "is not a store path; write /nix/store/, a hash of")
+            for path in ("hello", "/nix/store/hello", "/nix/store/7rnmpbv8c4lpfzvq6v5x5i7m1y1a7cpb-hello/bin/hello")
+        ),
+    ],
+)
+async def test_what_is_malformed_is_refused_for_that_alone_and_in_words(
+    api: KubernetesApi, spec: Any, field: str, words: str
+) -> None:
     with pytest.raises(ApiError) as refusal:
-        await dry_run(api, {"data": {"expr": "1"}, "refresh": "24hours"})
-    assert refusal.value.message.count("spec.refresh:") == 1, refusal.value.message
+        await dry_run(api, spec)
+    assert refusal.value.message.count(field) == 1, refusal.value.message
+    assert words in refusal.value.message
+    assert "should match" not in refusal.value.message
 
 
 async def test_the_history_has_a_default(api: KubernetesApi) -> None:

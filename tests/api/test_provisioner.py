@@ -153,6 +153,15 @@ async def test_ten_processes_that_make_one_volume_make_one(controller: Controlle
     assert (code, "it was made with another storePath" in words) == ("ALREADY_EXISTS", True)
 
 
+@pytest.mark.parametrize("size", [1_200_000, 3_300_000], ids=["422", "413"])
+async def test_parameters_that_no_record_can_hold_are_refused_for_good(controller: ControllerStub, size: int) -> None:
+    parameters = {"storePath": PATH, "csi.storage.k8s.io/pv/name": "x" * size}
+    code, words = await refused(controller.CreateVolume(request(parameters=parameters)))
+    assert code == "INVALID_ARGUMENT"
+    assert words.startswith("parameters: cannot be kept in a ConfigMap, which holds less than 1 MiB; shorten them")
+    assert len(words) < 1000
+
+
 async def test_a_repeated_creation_gets_what_the_first_one_decided(
     controller: ControllerStub, expr: Expressions, server: Server
 ) -> None:

@@ -16,6 +16,8 @@ EXAMPLES = MANIFESTS / "test"
 SYSTEM = "cknix-system"
 IMAGE = "busybox:1.37"
 NODE_STORE = "local?root=/var/lib/cknix"
+ABANDONED = ".abandoned"
+"""In the data root of a controller that has moved to another node."""
 
 Apply = Callable[[str], None]
 """What the fixture `applied` gives a test."""
@@ -202,13 +204,17 @@ class Left:
 
 
 def left_on(node: Node) -> Left:
-    """Mounts of ours, the directories of views, farms, volumes and trash, and GC roots of both roles, on *node* now."""
+    """Mounts of ours, the directories of views, farms, volumes and trash, and GC roots of both roles, on *node* now.
+
+    The store of a controller that has moved to another node is kept with its roots, on purpose.
+    """
     mounts = tuple(line.split(" ")[4] for line in node.mountinfo().splitlines() if " cknix:" in line)
     data = node.inside("/var/lib/cknix")
     directories = [path for name in ("views", "farms", "volumes", "trash") for path in _below(data / name)]
     roots = [
         path
         for store in (data, data / "controller")
+        if not (store / ABANDONED).exists()
         for path in (store / "nix/var/nix/gcroots/cknix").rglob("*")
         if path.is_symlink()
     ]

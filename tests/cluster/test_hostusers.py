@@ -105,7 +105,7 @@ def test_the_examples_work(installed: Cluster) -> None:
     assert driver.printed(cluster, "hello-hostusers").startswith(f"Hello from {path}")
     said = driver.printed(cluster, "hello-sizelimit").splitlines()
     assert "No space left on device" in said[0]
-    assert 10 << 10 < int(said[1].split()[0]) <= 16 << 10
+    assert 15 << 10 < int(said[1].split()[0]) <= 17 << 10
     assert said[2].startswith(f"Hello from {path}")
     for example in ("sizelimit.yaml", "hostusers.yaml", "expression.yaml"):
         cluster.delete(driver.EXAMPLES / example)

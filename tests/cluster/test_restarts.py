@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
+
 from tests.cluster import driver
 from tests.cluster.harness import Cluster
+from tests.cluster.harness.node import Node
+
+CONTROLLER = "/var/lib/cknix/controller"
 
 
 def mount_ids(cluster: Cluster, pods: list[str]) -> dict[str, tuple[str, str]]:
@@ -61,24 +68,70 @@ def test_after_the_restart_everything_can_be_taken_away(installed: Cluster) -> N
     driver.assert_nothing_left(installed)
 
 
-def test_a_controller_that_moves_to_another_node_leaves_nothing_on_the_old_one(
+def moved(cluster: Cluster, away_from: Node) -> Node:
+    """The controller is made to move; gives where it is now, while nothing else may go to *away_from*."""
+    cluster.kubectl("cordon", away_from.name)
+    try:
+        cluster.kubectl("rollout", "restart", "-n", driver.SYSTEM, "deployment/cknix-controller")
+        driver.rolled_out(cluster)
+    finally:
+        cluster.kubectl("uncordon", away_from.name)
+    new = driver.node_of(cluster, driver.controller_pod(cluster), driver.SYSTEM)
+    assert new.name != away_from.name
+    return new
+
+
+def ready(cluster: Cluster, name: str) -> list[str]:
+    template = "jsonpath={.status.conditions[?(@.type=='Ready')]['status','reason']}"
+    return cluster.kubectl("get", "expr", name, "-o", template).split()
+
+
+def inodes(store: Path, paths: list[str]) -> list[int]:
+    return [(store / path.lstrip("/")).lstat().st_ino for path in paths]
+
+
+def test_a_controller_that_moves_says_what_is_lost_and_finds_it_when_it_comes_back(
     installed: Cluster, applied: driver.Apply
 ) -> None:
     cluster = installed
     applied(driver.expression("nomad", driver.demo('greet "from a nomad"')))
-    path = driver.built(cluster, "nomad")
-    pod = driver.controller_pod(cluster)
-    old = driver.node_of(cluster, pod, driver.SYSTEM)
-    cluster.kubectl("cordon", old.name)
-    try:
-        cluster.kubectl("rollout", "restart", "-n", driver.SYSTEM, "deployment/cknix-controller")
-        driver.rolled_out(cluster)
-        new = driver.node_of(cluster, driver.controller_pod(cluster), driver.SYSTEM)
-        assert new.name != old.name
-        left = old.path("/var/lib/cknix/controller")
-        cluster.wait("the old store is gone", lambda: [entry.name for entry in left.iterdir()] == [".lock"], timeout=60)
-        # The result was lost with the old store, stayed in the status, and is built again.
-        assert driver.built(cluster, "nomad") == path
-        cluster.wait("it is back", (new.path("/var/lib/cknix/controller") / path.lstrip("/")).exists, timeout=60)
-    finally:
-        cluster.kubectl("uncordon", old.name)
+    applied(driver.expression("keeper", driver.demo('greet "what is worth keeping"')))
+    paths = [driver.built(cluster, name) for name in ("nomad", "keeper")]
+    cluster.apply(driver.expression("keeper", 'throw "it does not build any more"'))
+    cluster.wait("its new generation fails", lambda: driver.phase(cluster, "keeper") == "Failed")
+    assert ready(cluster, "keeper") == ["True", "LastGoodResult"]
+    old = driver.node_of(cluster, driver.controller_pod(cluster), driver.SYSTEM)
+    store = old.path(CONTROLLER)
+    before = inodes(store, paths)
+
+    new = moved(cluster, old)
+    cluster.wait("the old store is known to be abandoned", (store / driver.ABANDONED).exists, timeout=60)
+    # The result was lost with the old store, stayed in the status, and is built again.
+    assert driver.built(cluster, "nomad") == paths[0]
+    cluster.wait("it is back", (new.path(CONTROLLER) / paths[0].lstrip("/")).exists, timeout=60)
+    # What cannot be built again is not passed off as there.
+    cluster.wait("the loss is told", lambda: ready(cluster, "keeper") == ["False", "ResultLost"], timeout=120)
+    assert driver.result(cluster, "keeper") == paths[1]
+    described = cluster.kubectl("describe", "expr", "keeper")
+    assert f"left on node {old.name}" in described
+    applied(driver.pod("in-vain", {"expression": "keeper"}, "/nix/var/result/bin/hello"))
+    cluster.wait(
+        "the pod hears of it",
+        lambda: (
+            "describe expr keeper` tells whether it is being built again or lost" in driver.events(cluster, "in-vain")
+        ),
+        timeout=60,
+    )
+
+    assert moved(cluster, new).name == old.name
+    cluster.wait("it is found", lambda: ready(cluster, "keeper") == ["True", "LastGoodResult"], timeout=60)
+    assert inodes(store, paths) == before
+    assert not (store / driver.ABANDONED).exists()
+    # kubelet pauses for up to two minutes between tries.
+    assert driver.printed(cluster, "in-vain", timeout=180).startswith(f"Hello from {paths[1]}")
+
+    left = new.path(CONTROLLER)
+    cluster.wait("the other one is abandoned now", (left / driver.ABANDONED).exists, timeout=60)
+    long_ago = time.time() - 8 * 86_400
+    os.utime(left / driver.ABANDONED, (long_ago, long_ago))
+    cluster.wait("after a week it goes", lambda: [entry.name for entry in left.iterdir()] == [".lock"], timeout=60)

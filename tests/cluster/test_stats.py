@@ -53,5 +53,5 @@ def test_kubelets_summary_shows_what_volumes_use(installed: Cluster, applied: dr
     assert found["rw"]["usedBytes"] < 6_000_000
     assert 0 < found["rw"]["inodesUsed"] < 100
     assert found["rw"]["availableBytes"] < found["rw"]["capacityBytes"]
-    assert 50 << 20 < found["limited"]["capacityBytes"] <= 64 << 20
-    assert found["limited"]["availableBytes"] < (64 << 20) - 5_000_000
+    assert 64 << 20 <= found["limited"]["capacityBytes"] < 70 << 20
+    assert found["limited"]["availableBytes"] < (65 << 20) - 5_000_000

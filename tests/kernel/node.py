@@ -64,6 +64,7 @@ class Node:
         keep_warm: Warm = COLD,
     ) -> None:
         """Another process's view of the same directories, optionally through parts that misbehave."""
+        await self.volumes.emptied()
         await self.volumes.close()
         self.volumes = self._volumes(closures, mounts, sized, keep_warm)
 
@@ -111,6 +112,7 @@ class Node:
 
     async def left(self) -> list[str]:
         """Everything that volumes have left on this node; empty when there are none."""
+        await self.volumes.emptied()
         await self.volumes.close()
         found = [f"mount {target}" for target in mounts_below(self.scratch)]
         for name in ("views", "farms", "volumes", "trash"):

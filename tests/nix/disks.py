@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import fcntl
 import os
+import struct
 import subprocess
 import threading
+import time
+import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,10 +55,7 @@ def on_small_disk(target: Path, kind: str, mebibytes: int, body: Callable[[], Co
 
     def work() -> None:
         try:
-            libc = ctypes.CDLL(None, use_errno=True)
-            # Of this thread and of the threads and processes that it starts.
-            assert libc.unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
-            assert libc.mount(b"none", b"/", None, ctypes.c_ulong(MS_REC_PRIVATE), None) == 0
+            _enter_own_mounts()
             with small_disk(target, target.with_name("image"), kind, mebibytes):
                 asyncio.run(body())
         except BaseException as error:
@@ -65,6 +66,13 @@ def on_small_disk(target: Path, kind: str, mebibytes: int, body: Callable[[], Co
     thread.join()
     if failures:
         raise failures[0]
+
+
+def _enter_own_mounts() -> None:
+    """A mount namespace for this thread, and the threads and processes that it starts."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+    assert libc.mount(b"none", b"/", None, ctypes.c_ulong(MS_REC_PRIVATE), None) == 0
 
 
 @contextmanager
@@ -81,3 +89,84 @@ def small_disk(target: Path, image: Path, kind: str, mebibytes: int) -> Iterator
         yield
     finally:
         subprocess.run(["umount", str(target)], check=True)
+
+
+# linux/include/uapi/linux/ext4.h (until 6.6: fs/ext4/ext4.h): EXT4_IOC_SHUTDOWN, _IOR('X', 125, __u32), and its flag
+# EXT4_GOING_FLAGS_NOLOGFLUSH: from now on nothing is written any more, not even the journal.
+_SHUTDOWN = 0x8004587D
+_TRIES = 50
+_AT_ONCE = struct.pack("I", 2)
+
+
+class Disk:
+    """An ext4 at *target*, on a file, that can lose its power; for a process with mounts of its own."""
+
+    def __init__(self, target: Path, mebibytes: int) -> None:
+        self.target = target
+        self._image = self._used = target.with_name(f"{target.name}.image")
+        with self._image.open("wb") as file:
+            file.truncate(mebibytes * MEBIBYTE)
+        # Blocks of 4 KiB, as any larger disk has: see tests.node.disks.
+        subprocess.run(["mkfs.ext4", "-q", "-b", "4096", str(self._image)], check=True)
+        self._mount()
+
+    def lose_power(self) -> None:
+        """What the file system has not written to the disk by now is lost; it fails whoever still uses it."""
+        descriptor = os.open(self.target, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.ioctl(descriptor, _SHUTDOWN, _AT_ONCE)
+        finally:
+            os.close(descriptor)
+        # That it is unmounted writes to the disk once more, which no power cut does.
+        copy = self._image.with_suffix(".copy")
+        subprocess.run(["cp", "--sparse=always", str(self._image), str(copy)], check=True)
+        self._image, self._used = copy, self._image
+
+    def boot(self) -> None:
+        """After :meth:`lose_power`, when nobody uses it any more: as the next boot finds it."""
+        self.unplug()
+        self._used.unlink()
+        self._image = self._image.rename(self._used)
+        self._mount()
+
+    def unplug(self) -> None:
+        """Unmount it, with all that is mounted in it."""
+        for mountpoint in reversed(self._mountpoints()):
+            for _ in range(_TRIES):
+                if subprocess.run(["umount", mountpoint], capture_output=True, check=False).returncode == 0:
+                    break
+                time.sleep(0.1)  # a thread that nobody waits for any more may still have a file open
+            else:
+                subprocess.run(["umount", mountpoint], check=True)
+
+    def _mount(self) -> None:
+        subprocess.run(["mount", "-o", "loop", str(self._image), str(self.target)], check=True)
+
+    def _mountpoints(self) -> list[str]:
+        points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        return [point for point in points if point == str(self.target) or point.startswith(f"{self.target}/")]
+
+
+def on_failing_disk(target: Path, mebibytes: int, body: Callable[[Disk], Coroutine[Any, Any, None]]) -> None:
+    """As :func:`on_small_disk`, with an ext4 that *body* can take the power from.
+
+    In a process of its own, since volumes look at the mounts of theirs; what it logs is known there only.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk: run as root")
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            _enter_own_mounts()
+            disk = Disk(target, mebibytes)
+            try:
+                asyncio.run(body(disk))
+            finally:
+                disk.unplug()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "its traceback is above"

@@ -584,6 +584,19 @@ async def test_unrestricted_evaluation_is_for_the_one_who_asked_for_it(room: Roo
     assert (await room.evaluate(expr, restrict_eval=False)).result == StorePath.parse(HELLO)
 
 
+async def test_unrestricted_evaluation_takes_relative_paths_from_the_working_directory(
+    room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `nix-build --expr` does."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/default.nix").write_text(f'{{ }}: "{HELLO}"')
+    monkeypatch.chdir(tmp_path / "sub")
+    for expr in ("import ./. { }", "import ../sub/default.nix { }"):
+        assert (await room.evaluate(expr, restrict_eval=False)).result == StorePath.parse(HELLO)
+    with pytest.raises(EvaluationFailed, match=r"undefined variable 'nothing'(?s:.)*at expr:1:1"):
+        await room.evaluate("nothing", restrict_eval=False)
+
+
 async def test_evaluations_at_the_same_time_do_not_disturb_each_other(room: Room) -> None:
     names = [f"file-{number}" for number in range(8)]
     async with asyncio.TaskGroup() as tasks:

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from cknix_csi.api.errors import CknixError, OutOfSpace
+from cknix_csi.api.errors import BuildFailed, CknixError, OutOfSpace
 from cknix_csi.api.expression import Data
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.nix import evaluations
@@ -54,6 +54,28 @@ async def test_two_that_wait_for_one_build_both_hold_it(room: Room) -> None:
     room.env.run("nix-store", "--gc")
     assert not room.is_valid(first.result), "nothing holds a result here"
     await held.build(second, progress=lambda _: None)
+    assert roots(room) == []
+
+
+async def test_a_substituter_of_nix_conf_gives_back_what_the_store_has_lost_if_it_is_signed(room: Room) -> None:
+    held = HeldEvaluations(room.nix())
+    evaluation = await held.evaluate(greeting(), SYSTEM)
+    await held.build(evaluation, progress=lambda _: None)
+    path = evaluation.result
+    cache, secret, public = (room.env.directory / name for name in ("substituter", "secret", "public"))
+    room.env.run("nix-store", "--generate-binary-cache-key", "elsewhere-1", secret, public, store=None)
+    room.env.run("nix", "copy", "--to", f"file://{cache}?secret-key={secret}", str(path))
+    room.env.run("nix-store", "--gc")
+    assert not room.is_valid(path)
+    with pytest.raises(BuildFailed, match="no substituter has it"):
+        await held.substitute(path)
+    room.env.configure(substituters=f"file://{cache}", require_sigs="true")
+    with pytest.raises(BuildFailed, match="no substituter has it"):
+        await held.substitute(path)
+    assert not room.is_valid(path)
+    room.env.configure(trusted_public_keys=public.read_text().strip())
+    await held.substitute(path)
+    assert room.is_valid(path)
     assert roots(room) == []
 
 

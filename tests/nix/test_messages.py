@@ -161,6 +161,15 @@ async def test_an_evaluation_for_which_a_server_is_away_says_so_and_may_be_tried
     assert re.match(f"what the evaluation reads cannot be downloaded now: .*'{NOWHERE}/x.tar.gz'", told)
 
 
+async def test_a_search_path_that_cannot_be_downloaded_is_told_with_the_cause(
+    nix_env: NixEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a second attempt, as in our nix.conf: of the last one Nix does not say why it failed."""
+    nix_env.configure(nix_path=f"nixpkgs={NOWHERE}/x.tar.gz", **{**AWAY, "download_attempts": "2"})
+    told = await message(Room(nix_env, monkeypatch), "import <nixpkgs> { }", SourceUnavailable, search_path={})
+    assert re.search(f"'{NOWHERE}/x.tar.gz' cannot be downloaded: Could(n't| not) connect to server", told), told
+
+
 async def test_a_path_that_no_substituter_could_be_asked_for_may_come(
     nix_env: NixEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:

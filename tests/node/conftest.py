@@ -16,6 +16,7 @@ from grpclib.client import Channel
 from cknix_csi.api.limits import SizePolicy
 from cknix_csi.csi.closures import ClosureService
 from cknix_csi.csi.daemon import NodeDependencies, run_node
+from cknix_csi.csi.readiness import Readiness
 from cknix_csi.nix.cache.signing import generate_key
 from cknix_csi.proto.csi_grpc import IdentityStub, NodeStub
 from cknix_csi.proto.csi_pb2 import NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability
@@ -48,6 +49,7 @@ class NodeUnderTest:
         self.budget = 30.0
         self.sizes = SizePolicy()
         self.grace = LIMIT
+        self.readiness = Readiness()
         self.target = directory / "pods/1/mount"
         self.daemon: asyncio.Task[None] | None = None
 
@@ -75,6 +77,8 @@ class NodeUnderTest:
             pods=self.pods,
             events=self.events,
             grace=self.grace,
+            readiness=self.readiness,
+            look=0.02,
         )
         daemon = asyncio.create_task(run_node(dependencies, self.stop))
         try:

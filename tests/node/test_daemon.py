@@ -11,7 +11,6 @@ from grpclib.exceptions import GRPCError
 from cknix_csi.api.errors import Invalid
 from cknix_csi.csi.closures import ClosureService
 from cknix_csi.csi.daemon import NodeDependencies
-from cknix_csi.csi.registration import RegistrationRefused
 from cknix_csi.proto.csi_pb2 import NodeGetInfoRequest, ProbeRequest
 from cknix_csi.proto.pluginregistration_grpc import RegistrationStub
 from cknix_csi.proto.pluginregistration_pb2 import InfoRequest, PluginInfo, RegistrationStatus
@@ -20,7 +19,7 @@ from tests.node.conftest import LIMIT, NodeUnderTest, exists, gone
 from tests.node.fakes import HELLO, OTHER
 
 
-async def register(node: NodeUnderTest, *, refusal: str = "") -> PluginInfo:
+async def register(node: NodeUnderTest) -> PluginInfo:
     """What kubelet does when the registration socket appears: ask, call NodeGetInfo, say how it went."""
     await exists(node.registration)
     async with Channel(path=str(node.registration)) as channel:
@@ -28,7 +27,7 @@ async def register(node: NodeUnderTest, *, refusal: str = "") -> PluginInfo:
         info = await kubelet.GetInfo(InfoRequest(), timeout=1)
         async with node.client() as client:
             assert (await client.NodeGetInfo(NodeGetInfoRequest())).node_id == "node-1"
-        await kubelet.NotifyRegistrationStatus(RegistrationStatus(plugin_registered=not refusal, error=refusal))
+        await kubelet.NotifyRegistrationStatus(RegistrationStatus(plugin_registered=True))
     return info
 
 
@@ -43,19 +42,6 @@ async def test_kubelet_registers_the_driver_as_soon_as_its_socket_appears(node: 
 async def test_a_kubelet_that_restarts_registers_the_driver_again(node: NodeUnderTest) -> None:
     async with node.running():
         assert await register(node) == await register(node)
-
-
-async def test_a_refused_registration_ends_the_daemon_with_kubelets_words(node: NodeUnderTest) -> None:
-    async with node.started() as daemon:
-        await register(node, refusal="driver name is taken")
-        async with asyncio.timeout(LIMIT):
-            with pytest.raises(RegistrationRefused) as raised:
-                await daemon
-    assert raised.value.message == (
-        f"kubelet refused the driver csi.cknix.cool at {node.endpoint}: driver name is taken"
-    )
-    assert not node.endpoint.exists()
-    assert not node.registration.exists()
 
 
 async def test_nothing_is_served_or_released_before_volumes_are_reconciled(node: NodeUnderTest) -> None:

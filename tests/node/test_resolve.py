@@ -6,10 +6,10 @@ import time
 import pytest
 
 from cknix_csi.api.attributes import FromExpression, FromSource, FromStorePath
-from cknix_csi.api.errors import CknixError, InProgress, NotFound
+from cknix_csi.api.errors import CacheUnavailable, CknixError, InProgress, NotFound
 from cknix_csi.api.expression import FAILED, RUNNING, SUCCEEDED
 from cknix_csi.api.situations import Code, Situation
-from cknix_csi.csi.resolve import Resolver
+from cknix_csi.csi.resolve import Resolver, nowhere
 from tests.node.fakes import HELLO, SYSTEM, FakeExpressions, expression
 
 HELLO_EXPRESSION = FromExpression("default", "hello")
@@ -49,6 +49,26 @@ async def test_a_failure_that_appears_ends_the_wait() -> None:
     assert raised.value.code is Code.FAILED_PRECONDITION
 
 
+def test_that_the_cache_has_lost_a_result_is_said_to_who_has_named_the_expression() -> None:
+    lost = NotFound("no cache has it", Situation.PATH_NOT_FOUND)
+    told = nowhere(HELLO_EXPRESSION, HELLO, lost)
+    assert told.situation is Situation.RESULT_LOST
+    assert str(HELLO) in told.message
+    assert "`kubectl -n default describe expr hello` tells" in told.message
+    # Another cache may have it: this is tried again, and says the same.
+    unsure = CacheUnavailable("http://cache does not have it, and another cache could not be asked: no route")
+    told = nowhere(HELLO_EXPRESSION, HELLO, unsure)
+    assert told.situation is unsure.situation
+    assert told.message.startswith(f"{unsure.message}; `kubectl -n default describe expr hello` tells")
+
+
+def test_nothing_is_added_where_nothing_is_known_to_be_lost_or_no_expression_was_named() -> None:
+    away = CacheUnavailable("http://cache could not deliver it: no route")
+    assert nowhere(HELLO_EXPRESSION, HELLO, away) is away
+    lost = NotFound("http://cache does not have it", Situation.PATH_NOT_FOUND)
+    assert nowhere(FromStorePath(HELLO), HELLO, lost) is lost
+
+
 async def test_when_the_budget_ends_the_answer_says_how_far_the_build_is() -> None:
     expressions = FakeExpressions()
     await expressions.put(expression(phase=RUNNING, message="building 14 of 31 (python3-3.12)", generation=2))
@@ -72,7 +92,8 @@ async def test_an_expression_that_does_not_exist_is_named(deleted_while_waiting:
     with pytest.raises(NotFound) as raised:
         await waiting
     assert raised.value.message == (
-        'Expression "default/hello" does not exist; create it or correct the volume attribute "expression"'
+        'Expression "default/hello" does not exist; create it or correct the volume attribute "expression" '
+        "(an inline volume cannot name an Expression of another namespace)"
     )
 
 

@@ -13,7 +13,8 @@ from grpclib.client import Channel, UnaryUnaryMethod
 from grpclib.exceptions import GRPCError
 
 from cknix_csi.csi.identity import Identity
-from cknix_csi.csi.server import SocketUnavailable, serve
+from cknix_csi.csi.server import serve
+from cknix_csi.csi.sockets import SocketUnavailable
 from cknix_csi.proto.csi_grpc import IdentityStub
 from cknix_csi.proto.csi_pb2 import GetPluginInfoRequest, ProbeRequest, ProbeResponse
 from cknix_csi.volumes.failures import NodeUnusable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import random
 import time
@@ -272,3 +273,29 @@ async def test_a_daemon_killed_while_it_collects_leaves_a_sound_store_and_no_pod
 
 def garbage_left(node: WholeNode, source: Source) -> set[str]:
     return node.registered_paths() - source.closure(source.chain)
+
+
+async def test_who_holds_the_collectors_lock_keeps_nobody_from_a_known_closure(
+    whole: WholeNode, source: Source
+) -> None:
+    await whole.start()
+    await whole.publish("known", storePath=source.hello)
+    lock = os.open(whole.namespace.see(whole.data / "nix/var/nix/gc.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = [
+            asyncio.create_task(whole.refused(f"new-{number}", storePath=f"/nix/store/{number:032}-x"))
+            for number in range(12)
+        ]
+        await asyncio.sleep(0.5)
+        for number in range(3):
+            async with asyncio.timeout(5):
+                await whole.publish(f"pod-{number}", storePath=source.hello)
+                await whole.unpublish(f"pod-{number}")
+        code, message = await refused[0]
+        assert code == "UNAVAILABLE"
+        assert "nix/var/nix/gc.lock, such as a stopped nix-collect-garbage: it is tried again" in message
+    finally:
+        os.close(lock)
+    await asyncio.gather(*refused)
+    await whole.publish("after", storePath=source.toolbox)

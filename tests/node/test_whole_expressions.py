@@ -56,6 +56,27 @@ async def test_a_wait_longer_than_the_budget_says_how_far_it_is_and_a_retry_goes
     require_exactly(await whole.publish_retrying(expression="slow"), source, source.file)
 
 
+async def test_a_result_that_the_cache_has_lost_is_mounted_where_it_is_and_elsewhere_it_is_said_whose_it_is(
+    whole: WholeNode, cluster: Cluster, source: Source
+) -> None:
+    path = "/nix/store/00000000000000000000000000000000-lost"
+    await cluster.apply("lost")
+    await cluster.report("lost", "Failed", x86_64_linux=path)
+    await cluster.apply("here")
+    await cluster.report("here", "Succeeded", x86_64_linux=source.hello)
+    await whole.start()
+    assert await whole.refused(expression="lost") == (
+        "NOT_FOUND",
+        f"{path}, the result of Expression default/lost, is not on this node, and the controller's cache does not have "
+        "it; `kubectl -n default describe expr lost` tells whether it is being built again or lost, and what helps",
+    )
+    assert whole.traces() == []
+    await whole.publish("v1", expression="here")
+    with source.hidden(source.hello):
+        target = await whole.publish("v2", expression="here")
+    require_exactly(target, source, source.hello)
+
+
 async def test_an_expression_without_a_result_says_why(whole: WholeNode, cluster: Cluster, source: Source) -> None:
     for name in ("broken", "foreign"):
         await cluster.apply(name)
@@ -68,7 +89,8 @@ async def test_an_expression_without_a_result_says_why(whole: WholeNode, cluster
     )
     assert await whole.refused(expression="nobody") == (
         "NOT_FOUND",
-        'Expression "default/nobody" does not exist; create it or correct the volume attribute "expression"',
+        'Expression "default/nobody" does not exist; create it or correct the volume attribute "expression" '
+        "(an inline volume cannot name an Expression of another namespace)",
     )
     assert await whole.refused(expression="foreign") == (
         "FAILED_PRECONDITION",

@@ -401,3 +401,24 @@ async def test_an_answer_that_is_broken_off_is_not_observed_as_a_good_one(tmp_pa
         stuck.close()
     assert seen.requests == [("nar", 499), ("nar", 500), ("nar", 408)]
     assert 0 < seen.bytes < 2 * BIG
+
+
+async def test_who_does_not_ask_is_gone_while_a_long_download_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_PATIENCE_SECONDS", 0.3)
+    shelf = Shelf(tmp_path, big=BIG)
+    async with (
+        asyncio.timeout(LIMIT),
+        running_cache(shelf.store, KEY, host="127.0.0.1", port=0) as port,
+        aiohttp.ClientSession(f"http://127.0.0.1:{port}/") as client,
+        client.get(shelf.nar("big")) as answer,
+    ):
+        first = await answer.content.readexactly(1)
+        for _ in range(3):  # one after the other: the download lasts longer than any of them
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /nix-cache-info HTTP/1.1\r\nHost: x\r\n")
+            assert await reader.read() == b""
+            writer.close()
+        rest = await answer.read()
+        assert len(first + rest) == shelf.infos["big"].nar_size

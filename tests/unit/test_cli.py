@@ -92,7 +92,8 @@ def test_the_version_is_the_packages() -> None:
 def test_wrong_arguments_are_told_with_code_2(arguments: tuple[str, ...], words: str) -> None:
     ran = _run(*arguments)
     assert ran.returncode == 2
-    assert ran.stderr.startswith("usage: cknix-csi")
+    named = arguments[:1] if arguments and arguments[0] in {"run", "node", "probe"} else ()
+    assert ran.stderr.startswith(" ".join(("usage: cknix-csi", *named, "[-h]")))
     assert words in ran.stderr.splitlines()[-1]
 
 

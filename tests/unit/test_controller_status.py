@@ -21,6 +21,7 @@ from cknix_csi.controller.status import (
     RETRYING,
     STEPS,
     ExpressionStatus,
+    Loss,
     Result,
     Root,
     bounded,
@@ -126,6 +127,72 @@ def test_what_is_written_is_read_back_the_same() -> None:
     assert ExpressionStatus.parse({"status": status.render(NOW)}) == status
 
 
+def lost(status: ExpressionStatus, name: str, node: str = "far") -> ExpressionStatus:
+    return status.with_losses({path(name): Loss(node)}).settled(NOW)
+
+
+def test_a_lost_result_stays_the_result_and_is_not_ready_until_the_store_has_it_again() -> None:
+    good = failed(succeeded(ExpressionStatus(), 3, "a"), 4, "error: it broke")
+    gone = lost(good, "a")
+    shown, before = gone.render(NOW), good.render(NOW)
+    for field in ("phase", "message", "result", "results", "observedGeneration"):
+        assert shown[field] == before[field]
+    assert "gcRoots" not in shown
+    assert shown["lostResults"] == [{**before["gcRoots"][0], "node": "far"}]
+    ready = conditions.find(shown["conditions"], READY)
+    assert ready is not None
+    assert (ready["status"], ready["reason"], ready["observedGeneration"]) == ("False", "ResultLost", 3)
+    assert ready["message"].startswith(f"{path('a')} of generation 3: the controller's store was left on node far; ")
+    assert "move the controller back to node far" in ready["message"]
+    # A pod on a node that has it is given it still.
+    observed = Observed.parse({"metadata": {"generation": 4}, "status": shown})
+    assert observed.results == {"x86_64-linux": path("a")}
+    assert not observed.ready
+    assert gone.with_losses({}).settled(NOW).render(NOW) == before
+
+
+def test_a_lost_result_of_before_takes_nothing_away_from_the_newest() -> None:
+    status = lost(succeeded(succeeded(ExpressionStatus(), 1, "a"), 2, "b"), "a")
+    shown = status.render(NOW)
+    assert [root["path"] for root in shown["gcRoots"]] == [str(path("b"))]
+    assert [root["path"] for root in shown["lostResults"]] == [str(path("a"))]
+    assert conditions.is_true(shown["conditions"], READY)
+
+
+def test_what_is_lost_is_read_back_in_its_place_and_keeps_where_it_was_left() -> None:
+    status = ExpressionStatus()
+    for generation, name in enumerate("abc", 1):
+        status = succeeded(status, generation, name, NOW + timedelta(hours=generation))
+    status = lost(status, "b", "first")
+    again = ExpressionStatus.parse({"status": status.render(NOW)})
+    assert again == status
+    assert [root.path.name for root in again.roots] == ["c", "b", "a"]
+    # Lost already; that the controller has moved on since does not matter.
+    assert [root.lost for root in lost(again, "b", "second").roots] == [None, Loss("first"), None]
+
+
+def test_a_result_that_is_built_again_is_lost_no_longer() -> None:
+    status = succeeded(lost(succeeded(ExpressionStatus(), 1, "a"), "a"), 2, "a")
+    assert status.lost == ()
+    assert conditions.is_true(status.render(NOW)["conditions"], READY)
+
+
+def test_lost_results_count_as_history_and_are_as_few() -> None:
+    status = ExpressionStatus()
+    for generation, name in enumerate("abcde", 1):
+        status = succeeded(status, generation, name)
+        status = status.with_losses({root.path: Loss() for root in status.roots})
+    assert [root.path.name for root in status.lost] == ["e", "d", "c"]
+
+
+def test_a_result_whose_root_somebody_took_from_the_status_gets_it_again_with_its_generation() -> None:
+    shown = failed(succeeded(ExpressionStatus(), 3, "a"), 4, "no").render(NOW)
+    del shown["gcRoots"]
+    status = ExpressionStatus.parse({"status": shown}).with_all_rooted(NOW)
+    assert [(root.path.name, root.generation) for root in status.roots] == [("a", 3)]
+    assert status.with_all_rooted(NOW) is status
+
+
 def test_malformed_entries_of_a_status_count_as_absent() -> None:
     status = ExpressionStatus.parse(
         {
@@ -133,6 +200,7 @@ def test_malformed_entries_of_a_status_count_as_absent() -> None:
                 "result": "nonsense",
                 "results": [{"system": "x"}, {"path": "/nix/store/x", "system": "x"}, "text", None],
                 "gcRoots": [{"path": str(path("a")), "system": "x", "generation": "x", "createdAt": ""}],
+                "lostResults": [{"path": "nonsense"}, "text", None],
                 "conditions": ["text", {"type": "Other", "status": "True"}],
             }
         }

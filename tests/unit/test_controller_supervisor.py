@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,14 +16,17 @@ import pytest_asyncio
 from cknix_csi.api import conditions
 from cknix_csi.api.closure import Closure, PathInfo
 from cknix_csi.api.conditions import timestamp
-from cknix_csi.api.errors import BuildFailed, CacheUnavailable
+from cknix_csi.api.errors import BuildFailed, CacheUnavailable, CknixError
 from cknix_csi.api.expression import Data
 from cknix_csi.api.progress import Progress
+from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
+from cknix_csi.controller.failing import REMINDER_SECONDS, Failing
 from cknix_csi.controller.nodes import ClusterSystems
 from cknix_csi.controller.ports import Options
 from cknix_csi.controller.queue import BuildQueue
 from cknix_csi.controller.reconcile import Services, Wanted, size
+from cknix_csi.controller.status import STEPS
 from cknix_csi.controller.supervisor import Supervisor
 from cknix_csi.kube.api import ApiError, Json, core, expressions
 from cknix_csi.kube.events import EventRecorder, Subject
@@ -29,6 +35,11 @@ from tests.unit.fakeapi import FakeApi
 
 UID = "01234567-89ab-cdef-0123-456789abcdef"
 HASH = "7rnmpbv8c4lpfzvq6v5x5i7m1y1a7cpb"
+
+
+def path_of(name: str) -> StorePath:
+    """What an expression comes to."""
+    return StorePath(hashlib.sha256(name.encode()).hexdigest()[:32].replace("e", "z"), name)
 
 
 class Nix:
@@ -40,10 +51,15 @@ class Nix:
         self.building: list[str] = []
         self.cancelled: list[str] = []
         self.builds: dict[str, Callable[[], Awaitable[None]]] = {}
+        self.offered: set[str] = set()
+        """What a substituter has."""
+        self.away = False
+        """No substituter can be asked."""
+        self.sought: list[str] = []
 
     async def evaluate(self, data: Data, system: str) -> Evaluation:
         self.evaluated.append(data.text)
-        return Evaluation(StorePath(HASH, data.text), ("drv",))
+        return Evaluation(path_of(data.text), ("drv",))
 
     async def build(self, evaluation: Evaluation, *, progress: Callable[[Progress], None]) -> None:
         name = evaluation.result.name
@@ -56,12 +72,25 @@ class Nix:
             raise
         self.valid.add(evaluation.result)
 
+    async def substitute(self, path: StorePath) -> None:
+        self.sought.append(path.name)
+        if self.away:
+            raise CacheUnavailable("no route to the cache")
+        if path.name not in self.offered:
+            raise BuildFailed("no substituter has it")
+        self.valid.add(path)
+
 
 class Closures:
     def __init__(self) -> None:
         self.valid: set[StorePath] = set()
+        self.unreadable = False
+        self.looked = 0
 
     async def is_valid(self, path: StorePath) -> bool:
+        self.looked += 1
+        if self.unreadable:
+            raise CknixError("the database is locked", Situation.NIX_DATABASE_UNREADABLE)
         return path in self.valid
 
     async def query(self, root: StorePath) -> Closure:
@@ -86,7 +115,7 @@ class Roots:
 
 
 class World:
-    def __init__(self) -> None:
+    def __init__(self, node: str = "node-0") -> None:
         self.api = FakeApi()
         self.api.objects[core("nodes")] = {"kind": "NodeList", "metadata": {"resourceVersion": "1"}, "items": []}
         self.closures = Closures()
@@ -104,11 +133,16 @@ class World:
                 cluster=ClusterSystems(self.api),
                 events=self.events,
                 options=Options(
-                    "cknix-system", "http://cache", "node-0", ("x86_64-linux",), 2, retry_first=0.01, retry_cap=0.02
+                    "cknix-system", "http://cache", node, ("x86_64-linux",), 2, retry_first=0.01, retry_cap=0.02
                 ),
                 now=lambda: self.now,
             )
         )
+
+    def check_soon(self) -> None:
+        """From the next Expression on, look at the store again and again."""
+        services = self.supervisor._services
+        self.supervisor._services = replace(services, options=replace(services.options, check_seconds=0.01))
 
     def apply(self, text: str, generation: int, **spec: Any) -> Json:
         """The user applies this; the watch shows it."""
@@ -242,6 +276,229 @@ async def test_infrastructure_that_fails_is_tried_again_and_the_slot_given_back(
     await world.reaches("Succeeded", 1)
     assert world.nix.building == ["a", "a", "a"]
     await world.until(lambda: "CacheUnavailable" in world.event_reasons())
+
+
+async def test_a_failure_that_repeats_is_told_aloud_once_and_its_cause_stays_shown_during_the_next_try(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "cknix_csi.controller")
+    gate = asyncio.Event()
+
+    async def down() -> None:
+        if len(world.nix.building) == 4:
+            await gate.wait()
+            return
+        raise CacheUnavailable("no route to the cache")
+
+    world.nix.builds["a"] = down
+    world.apply("a", 1)
+    await world.until(lambda: len(world.nix.building) == 4 and world.status["message"].startswith("building"))
+    assert world.status["message"] == "building; the last try: no route to the cache"
+    built = conditions.find(world.status["conditions"], "Built")
+    assert built is not None
+    assert (built["reason"], built["message"]) == ("Building", "the last try: no route to the cache")
+    gate.set()
+    await world.reaches("Succeeded", 1)
+    assert [conditions.find(world.status["conditions"], kind)["message"] for kind in STEPS] == ["", "", ""]  # type: ignore[index]
+    told = [(record.levelname, record.getMessage()) for record in caplog.records if "no route" in record.getMessage()]
+    assert [level for level, _ in told] == ["WARNING", "DEBUG", "DEBUG"]
+    assert all("trying again in" in message for _, message in told)
+    assert "n/a: ended after 3 failed tries" in caplog.text
+
+
+def test_a_failure_is_told_again_when_its_words_change_and_after_a_while() -> None:
+    now = 0.0
+    failing = Failing(clock=lambda: now)
+    assert [failing.again(words) for words in ("a", "a", "b", "b", "a")] == [True, False, True, False, True]
+    now = REMINDER_SECONDS - 1
+    assert not failing.again("a")
+    now = REMINDER_SECONDS
+    assert failing.again("a")
+    assert failing.over() == 7
+    assert failing.over() == 0
+    assert failing.again("a")
+
+
+def ready(world: World) -> tuple[str, str]:
+    found = conditions.find(world.status.get("conditions", []), "Ready")
+    return ("", "") if found is None else (found["status"], found["reason"])
+
+
+async def failed_after_success(world: World) -> None:
+    async def broken() -> None:
+        raise BuildFailed("no")
+
+    world.nix.builds["bad"] = broken
+    world.apply("good", 1)
+    await world.reaches("Succeeded", 1)
+    world.apply("bad", 2)
+    await world.reaches("Failed", 2)
+
+
+async def taken_over(world: World, node: str = "node-1") -> tuple[World, asyncio.Task[None]]:
+    """A controller on *node*, with a store of its own and the same API server."""
+    other = World(node)
+    other.api.objects = world.api.objects
+    other.nix.builds = world.nix.builds
+    task = asyncio.create_task(_both(other))
+    await other.until(lambda: other.supervisor._tasks is not None)
+    return other, task
+
+
+async def _both(world: World) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(world.supervisor.run())
+        tasks.create_task(world.events.run())
+
+
+async def ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def test_a_last_good_result_is_taken_from_a_substituter_where_the_store_is_another(world: World) -> None:
+    await failed_after_success(world)
+    other, task = await taken_over(world)
+    other.nix.offered = {"good"}
+    other.supervisor.observe(other.api.objects[expressions("n", "a")])
+    await other.until(lambda: [path.name for path in other.roots.found.values()] == ["good"])
+    await other.until(lambda: ready(other) == ("True", "LastGoodResult"))
+    assert other.nix.building == []
+    assert "lostResults" not in other.status
+    assert "ResultLost" not in other.event_reasons()
+    await ended(task)
+
+
+async def test_a_substituter_that_is_away_is_asked_again_and_the_loss_told_once(world: World) -> None:
+    await failed_after_success(world)
+    other, task = await taken_over(world)
+    other.check_soon()
+    other.nix.away = True
+    other.supervisor.observe(other.api.objects[expressions("n", "a")])
+    await other.until(lambda: len(other.nix.sought) >= 3)
+    assert ready(other) == ("False", "ResultLost")
+    await other.until(lambda: "ResultLost" in other.event_reasons())
+    (event,) = [body for key, body in other.api.objects.items() if "/events/" in key and body["reason"] == "ResultLost"]
+    assert event["count"] == 1
+    assert "no route to the cache" in event["message"]
+    other.nix.away = False
+    other.nix.offered = {"good"}
+    await other.until(lambda: ready(other) == ("True", "LastGoodResult"))
+    await ended(task)
+
+
+async def test_one_that_no_substituter_has_is_asked_for_once(world: World) -> None:
+    await failed_after_success(world)
+    other, task = await taken_over(world)
+    other.check_soon()
+    other.supervisor.observe(other.api.objects[expressions("n", "a")])
+    await other.until(lambda: "ResultLost" in other.event_reasons())
+    await asyncio.sleep(0.1)
+    assert other.nix.sought == ["good"]
+    assert other.roots.found == {}
+    assert other.status["result"].endswith("-good")
+    # Somebody brings it back.
+    other.closures.valid.add(path_of("good"))
+    await other.until(lambda: ready(other) == ("True", "LastGoodResult"))
+    assert [path.name for path in other.roots.found.values()] == ["good"]
+    await other.until(lambda: "ResultFound" in other.event_reasons())
+    await ended(task)
+
+
+async def test_a_result_that_the_store_loses_under_a_running_controller_is_built_again(world: World) -> None:
+    world.check_soon()
+    world.apply("a", 1)
+    await world.reaches("Succeeded", 1)
+    world.closures.valid.clear()
+    await world.until(lambda: world.nix.building == ["a", "a"])
+    await world.reaches("Succeeded", 1)
+    assert world.nix.sought == []
+
+
+async def test_what_the_store_itself_has_lost_was_not_left_on_another_node(world: World) -> None:
+    config = core("configmaps", "cknix-system", "cknix-cache")
+    world.api.objects[config] = {"data": {"node": "node-0", "nodeBefore": "node-9"}}
+    world.check_soon()
+    await failed_after_success(world)
+    world.closures.valid.clear()
+    await world.until(lambda: ready(world) == ("False", "ResultLost"))
+    found = conditions.find(world.status["conditions"], "Ready")
+    assert found is not None
+    assert "the controller's store lost it; correct the Expression" in found["message"]
+    assert "node" not in world.status["lostResults"][0]
+    # A store that never had it is another matter.
+    other, task = await taken_over(world)
+    other.api.objects[expressions("n", "a")]["status"]["lostResults"] = []
+    other.supervisor.observe(other.api.objects[expressions("n", "a")])
+    await other.until(lambda: other.status["lostResults"])
+    assert other.status["lostResults"][0]["node"] == "node-0"
+    await ended(task)
+
+
+async def test_a_rebuild_that_fails_on_another_node_leaves_the_result_where_it_was(world: World) -> None:
+    async def broken() -> None:
+        raise BuildFailed("it is not what it was")
+
+    world.api.objects[core("configmaps", "cknix-system", "cknix-cache")] = {"data": {"node": "node-0"}}
+    world.apply("a", 1)
+    await world.reaches("Succeeded", 1)
+    other, task = await taken_over(world)
+    other.nix.builds["a"] = broken
+    other.supervisor.observe(other.api.objects[expressions("n", "a")])
+    await other.reaches("Failed", 1)
+    await other.until(lambda: ready(other) == ("False", "ResultLost"))
+    assert other.status["lostResults"][0]["node"] == "node-0"
+    await other.until(lambda: other.roots.found == {} and other.nix.sought == ["a"])
+    await ended(task)
+
+
+async def test_what_has_been_built_stays_rooted_while_the_rest_is_tried_again(world: World) -> None:
+    async def down() -> None:
+        raise CacheUnavailable("down")
+
+    world.apply("good", 1)
+    await world.reaches("Succeeded", 1)
+    world.nix.builds["a"] = down
+    world.apply("a", 2)
+    await world.until(lambda: len(world.nix.building) > 2)
+    while len(world.nix.building) < 12:
+        assert {path.name for path in world.roots.found.values()} == {"good", "a"}
+        await asyncio.sleep(0.002)
+
+
+async def test_a_rebuild_that_is_not_to_be_had_for_now_makes_the_result_lost_for_now(world: World) -> None:
+    world.apply("a", 1)
+    await world.reaches("Succeeded", 1)
+    other, task = await taken_over(world)
+    down = True
+
+    async def flaky() -> None:
+        if down:
+            raise CacheUnavailable("down")
+
+    other.nix.builds["a"] = flaky
+    other.supervisor.observe(other.api.objects[expressions("n", "a")])
+    await other.until(lambda: ready(other) == ("False", "ResultLost") and other.nix.sought == ["a"])
+    down = False
+    await other.reaches("Succeeded", 1)
+    assert ready(other) == ("True", "Succeeded")
+    await ended(task)
+
+
+async def test_a_store_that_cannot_be_looked_at_is_no_sign_of_a_loss(world: World) -> None:
+    await failed_after_success(world)
+    before = world.status
+    again, task = await taken_over(world)
+    again.check_soon()
+    again.closures.valid.update(world.closures.valid)
+    again.supervisor.observe(again.api.objects[expressions("n", "a")])
+    await again.until(lambda: again.roots.found)
+    again.closures.unreadable = True
+    looked = again.closures.looked
+    await again.until(lambda: again.closures.looked > looked + 3)
+    assert again.status == before
+    assert again.nix.evaluated == []
+    await ended(task)
 
 
 async def test_roots_that_cannot_be_made_are_tried_again(world: World) -> None:

@@ -139,6 +139,10 @@ def test_validation_compares_what_it_is_given() -> None:
     assert told(volume_capabilities=[MOUNT]) == []
     right = {"volume_context": {"expression": "hello"}, "parameters": {"a": "b"}}
     assert told(volume_capabilities=[MOUNT], **right) == []
+    # As external-provisioner writes it into a PersistentVolume.
+    identity = {"storage.kubernetes.io/csiProvisionerIdentity": "1732000000000-8081-csi.cknix.cool"}
+    assert told(volume_capabilities=[MOUNT], volume_context={"expression": "hello", **identity}) == []
+    assert told(volume_capabilities=[MOUNT], volume_context=identity) == ["volume_context: is not the volume's"]
     wrong = {"volume_context": {"expression": "x"}, "parameters": {"a": "c"}}
     assert told(volume_capabilities=[MOUNT, BLOCK], **wrong) == [
         "volume_capabilities[1].block: is not supported: a closure is a directory tree; use volumeMode: Filesystem",

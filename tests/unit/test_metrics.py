@@ -338,8 +338,10 @@ async def test_ready_is_who_has_done_every_step_and_can_still_mount() -> None:
     assert answer.status == 503
     assert "[-] disk and mount table can be used: the file system has become read-only" in answer.body.decode()
     broken.clear()
-    readiness.leave(Step.SERVED)
-    assert (await readiness.page("")).status == 503
+    readiness.leave(Step.SERVED, "it was\nremoved")
+    answer = await readiness.page("")
+    assert answer.status == 503
+    assert "[-] the CSI socket is served: it was removed" in answer.body.decode().splitlines()
 
 
 async def test_a_disk_that_does_not_answer_is_told_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,3 +378,17 @@ async def test_what_fails_while_it_is_served_is_not_taken_for_the_address(tmp_pa
         with pytest.raises(OSError, match=r"^something else$"):
             async with monitoring.served(address):
                 raise OSError("something else")
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text;version=x;escaping=",
+        "application/openmetrics-text;version=1.x",
+        "text/plain;version=1.0.0-rc1",
+    ],
+)
+async def test_a_header_that_makes_no_sense_gets_plain_text(accept: str, tmp_path: Path) -> None:
+    answer = await busy_node(tmp_path).page(accept)
+    assert answer.content_type.startswith("text/plain; version=0.0.4")
+    assert b"cknix_build_info" in answer.body

@@ -15,6 +15,7 @@ FAILED_26 = f"error: build of '{PATH}' failed"
 FAILED_34 = f"error: path '{PATH}' is required, but there is no substituter that can build it"
 NO_SERVER = "Couldn't connect to server (7)"
 UNSIGNED = "signed by any of the keys in 'trusted-public-keys'"
+LEFT_OUT = f"warning: Nix search path entry '{URL}/x' cannot be downloaded, ignoring"
 REFUSED = "Could not connect to server (7) Failed to connect to cache port 80 after 0 ms: Could not connect to server"
 
 CASES: dict[str, tuple[list[str], list[str], type[CknixError]]] = {
@@ -112,6 +113,22 @@ def test_a_retry_that_succeeded_is_not_blamed() -> None:
         ([], [f"warning: unable to download '{URL}/x': {REFUSED}"], f"unable to download '{URL}/x': {REFUSED}"),
         ([f"error: unable to download '{URL}/x': HTTP error 404"], [], ""),
         ([], [f"warning: error: unable to download '{URL}/x': {NO_SERVER}; retrying in 251 ms"], ""),
+        ([], [LEFT_OUT], f"Nix search path entry '{URL}/x' cannot be downloaded"),
+        (
+            [],
+            [f"warning: error: unable to download '{URL}/x': {NO_SERVER}; retrying in 251 ms", LEFT_OUT],
+            f"Nix search path entry '{URL}/x' cannot be downloaded: {NO_SERVER}",
+        ),
+        (
+            [],
+            [f"warning: unable to download '{URL}/x': {REFUSED}; retrying in 297 ms (attempt 1/2)", LEFT_OUT],
+            f"Nix search path entry '{URL}/x' cannot be downloaded: {REFUSED}",
+        ),
+        (
+            [],
+            [f"warning: unable to download '{URL}/y': {REFUSED}; retrying in 297 ms (attempt 1/2)", LEFT_OUT],
+            f"Nix search path entry '{URL}/x' cannot be downloaded",
+        ),
         (["error: syntax error"], [], ""),
     ],
 )

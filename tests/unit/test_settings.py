@@ -53,9 +53,10 @@ def test_a_node_needs_no_settings() -> None:
         store_paths=StorePaths.ALLOW,
         keep_warm=0,
         keep_warm_seconds=600.0,
+        abandoned_seconds=604_800.0,
         watermarks=Watermarks(Watermark(percent=15.0), Watermark(percent=20.0)),
         keep_capabilities=False,
-        metrics=("0.0.0.0", 9808),
+        metrics=("::", 9808),
         log_level="info",
         log_format="text",
     )
@@ -66,7 +67,7 @@ def test_the_controller_needs_no_settings() -> None:
         nix=nix("/var/lib/cknix/controller"),
         namespace="cknix-system",
         cache_url="http://cknix-cache.cknix-system.svc",
-        cache_host="0.0.0.0",
+        cache_host="::",
         cache_port=8080,
         max_builds=4,
         watermarks=Watermarks(Watermark(percent=15.0), Watermark(percent=20.0)),
@@ -81,7 +82,7 @@ def test_the_provisioner_needs_no_settings() -> None:
     assert provisioner_settings({}) == ProvisionerSettings(
         endpoint=Path("/run/csi/csi.sock"),
         namespace="cknix-volumes",
-        metrics=("0.0.0.0", 9808),
+        metrics=("::", 9808),
         log_level="info",
         log_format="text",
     )
@@ -137,6 +138,8 @@ def test_a_blank_variable_is_as_good_as_none(blank: str) -> None:
         ("CKNIX_KEEP_WARM", "16", "keep_warm", 16),
         ("CKNIX_KEEP_WARM", "0", "keep_warm", 0),
         ("CKNIX_KEEP_WARM_TIME", "1h", "keep_warm_seconds", 3600.0),
+        ("CKNIX_ABANDONED_STORE_TIME", "30d", "abandoned_seconds", 2_592_000.0),
+        ("CKNIX_ABANDONED_STORE_TIME", "0", "abandoned_seconds", 0.0),
         ("CKNIX_GC_LOW", "5Gi", "watermarks.low", Watermark(size=5 << 30)),
         ("CKNIX_GC_LOW", "0", "watermarks.low", Watermark(size=0)),
         ("CKNIX_GC_HIGH", "50%", "watermarks.high", Watermark(percent=50.0)),
@@ -159,7 +162,7 @@ def test_a_node_reads_its_variables(name: str, text: str, field: str, value: Any
         ("CKNIX_CACHE_LISTEN", "127.0.0.1:0", "cache_port", 0),
         ("CKNIX_CACHE_LISTEN", "127.0.0.1:80", "cache_host", "127.0.0.1"),
         ("CKNIX_CACHE_LISTEN", "[::1]:80", "cache_host", "::1"),
-        ("CKNIX_CACHE_LISTEN", ":80", "cache_host", "0.0.0.0"),
+        ("CKNIX_CACHE_LISTEN", ":80", "cache_host", "::"),
     ],
 )
 def test_the_controller_reads_its_variables(name: str, text: str, field: str, value: Any) -> None:
@@ -209,6 +212,7 @@ def test_the_controller_reads_its_variables(name: str, text: str, field: str, va
         ("CKNIX_KEEP_WARM", "-1", "must be a whole number, at least 0"),
         ("CKNIX_KEEP_WARM", "many", "must be a whole number, at least 0"),
         ("CKNIX_KEEP_WARM_TIME", "0", "must be longer than nothing"),
+        ("CKNIX_ABANDONED_STORE_TIME", "-1", "must be longer than nothing"),
     ],
 )
 def test_a_bad_variable_is_refused_with_its_reason(name: str, text: str, problem: str) -> None:

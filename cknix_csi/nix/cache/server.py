@@ -30,6 +30,7 @@ from aiohttp import web
 from cknix_csi.api.closure import PathInfo
 from cknix_csi.api.errors import CknixError
 from cknix_csi.api.storepath import STORE_DIR, StorePath
+from cknix_csi.listening import Bounds, listening
 from cknix_csi.nix.cache import nar
 from cknix_csi.nix.cache.narinfo import CONTENT_TYPE, format_narinfo
 from cknix_csi.nix.cache.signing import KeyPair, fingerprint, nar_hash_base32, sign
@@ -48,6 +49,8 @@ STALL_SECONDS = 60.0
 
 _READERS = 8  # threads that read files; none of them is held by a slow client
 _LOOKUPS = 2  # threads that ask the database, so that narinfos do not queue behind a slow disk
+_CONNECTIONS = 2048  # Nix has up to 25 of a node, and keeps them while it looks at what it got
+_PATIENCE_SECONDS = 30.0  # for a request, and for the rest of an answer that its client has not taken yet
 _DRAIN_SECONDS = 5.0  # what running transfers get at shutdown; their clients begin again elsewhere or later
 
 _DIGIT = "[0-9a-df-np-sv-z]"
@@ -170,20 +173,12 @@ async def running_cache(
 
     Raises OSError when the address cannot be had.
     """
-    runner = web.AppRunner(
-        cache_app(store, key, allowed=allowed, observer=observer),
-        access_log=None,
-        handler_cancellation=True,  # a client that is gone gives its turn back at once
-        shutdown_timeout=_DRAIN_SECONDS,
-    )
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, host, port).start()
-        bound: int = runner.addresses[0][1]
+    app = cache_app(store, key, allowed=allowed, observer=observer)
+    bounds = Bounds(connections=_CONNECTIONS, patience=_PATIENCE_SECONDS, drain=_DRAIN_SECONDS)
+    # A client that is gone gives its turn back at once.
+    async with listening(app, host, port, bounds, handler_cancellation=True) as bound:
         _log.info("binary cache listens on %s port %d, key %s", host, bound, key.name)
         yield bound
-    finally:
-        await runner.cleanup()
 
 
 async def serve_cache(

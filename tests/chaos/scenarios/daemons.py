@@ -16,6 +16,8 @@ from tests.cluster import driver
 
 ATTEMPTS = 8
 MANY_PATHS = 2443
+CSI_SOCKET = "/var/lib/kubelet/plugins/csi.cknix.cool/csi.sock"
+REGISTRATION_SOCKET = "/var/lib/kubelet/plugins_registry/csi.cknix.cool-reg.sock"
 
 
 @scenario("daemon-killed")
@@ -33,6 +35,23 @@ def killed_in_a_loop(stage: Stage) -> None:
             stage.successor(stage.daemon, killed)
         stage.started(pods)
         previous = pods
+
+
+@scenario("sockets-removed")
+def sockets_removed(stage: Stage) -> None:
+    """The node daemon's sockets are removed while pods start and stop"""
+    known, running = stage.built(), stage.daemon()
+    previous: list[Pod] = []
+    for removed in ([REGISTRATION_SOCKET], [CSI_SOCKET], [REGISTRATION_SOCKET, CSI_SOCKET]):
+        pods = [*stage.new(known), *stage.new(known, read_only=False), *stage.new(stage.built())]
+        for socket in removed:
+            stage.victim.inside(socket).unlink()
+        stage.delete(previous, wait=False)
+        stage.create(pods)
+        stage.started(pods)
+        stage.well()
+        previous = pods
+    assert stage.daemon() == running, "no restart is needed"
 
 
 @scenario("daemon-killed-fetching")

@@ -7,9 +7,15 @@ import signal
 import time
 
 from tests.chaos import room
+from tests.chaos.parts import DAEMON, parts, process
 from tests.chaos.scenario import scenario
 from tests.chaos.stage import Stage
 from tests.chaos.workload import Pod, printed
+
+REFUSED = 12
+"""Seconds in which kubelet refuses a daemon more than once."""
+SOON = 60
+"""Seconds in which a pod starts that a daemon's restart would not keep waiting (CrashLoopBackOff)."""
 
 
 @scenario("kubelet-restarted")
@@ -40,7 +46,7 @@ def restarted_under_load(stage: Stage, program: str) -> None:
 
 @scenario("api-server-down")
 def api_server_down(stage: Stage) -> None:
-    """The API server is down for two minutes; a pod that only its node knows of starts meanwhile"""
+    """The API server is down for two minutes; a pod that only its node knows of starts, then the daemon is killed"""
     first = stage.cluster.nodes[0]
     expression = stage.built()
     known = stage.new(expression)
@@ -50,17 +56,25 @@ def api_server_down(stage: Stage) -> None:
     (pod,) = stage.new(expression)
     mirror = f"{pod.name}-{stage.victim.name}"  # what kubelet calls it
     manifest = stage.victim.path(room.STATIC_PODS) / "pod.json"
+    pods = parts(stage.cluster)
     first.kill("kube-apiserver")
     ends = time.monotonic() + stage.choose(short=15, full=120)
     try:
         manifest.write_text(pod.manifest())
         stage.poll("the pod runs", lambda: f"Hello from {path}" in printed(stage.victim, mirror), timeout=60)
+        # kubelet refuses to register the one that follows as long as it cannot write to the API server.
+        stage.kill(killed := process(pods, DAEMON, stage.victim))
+        successor = stage.successor(lambda: process(pods, DAEMON, stage.victim), killed)
         stage.before.require_readable()
-        time.sleep(max(0, ends - time.monotonic()))
+        time.sleep(max(REFUSED, ends - time.monotonic()))
     finally:
         first.start("kube-apiserver")
         manifest.unlink(missing_ok=True)
     back(stage)
+    again = stage.new(expression)
+    stage.create(again)
+    stage.started(again, timeout=SOON)
+    assert stage.daemon() == successor, "a daemon that kubelet refused goes on"
     stage.cluster.wait("the pod is gone", lambda: not pods_called(stage, mirror))
     fresh = stage.new(stage.built())
     stage.create(fresh)
