@@ -19,8 +19,6 @@ from cknix_csi.nix.durable import make_directory, sync_directory
 from cknix_csi.nix.store import Store
 
 _NEW = ".new"
-# Apart from those in which everybody else works: these may have to wait for an administrator's collector.
-_patient = ThreadPoolExecutor(4, "cknix-roots")
 
 
 class GcRoots:
@@ -61,8 +59,12 @@ class GcRoots:
             raise
 
     async def added(self, name: str, path: StorePath) -> None:
-        """:meth:`add`, in a thread that nobody needs for anything else."""
-        await asyncio.get_running_loop().run_in_executor(_patient, self.add, name, path)
+        """:meth:`add`, in a thread of its own: it may have to wait for an administrator's collector."""
+        thread = ThreadPoolExecutor(1, "cknix-root")
+        try:
+            await asyncio.get_running_loop().run_in_executor(thread, self.add, name, path)
+        finally:
+            thread.shutdown(wait=False)
 
     def has(self, name: str, path: StorePath) -> bool:
         """True when *path* is rooted under *name*."""
