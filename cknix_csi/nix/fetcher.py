@@ -19,7 +19,7 @@ from cknix_csi.nix.recovery import is_whole, missing
 from cknix_csi.nix.substituters import CacheEndpoint
 
 _MAX_NAMED = 5
-_TRIES = 4
+_TRIES = 8
 """How often a fetch is begun that garbage collections disturb: of 50 fetches one to three, when they never pause."""
 
 _log = logging.getLogger(__name__)

@@ -16,6 +16,9 @@ MAX_LINE = 64 * 1024
 _CHUNK = 64 * 1024
 # What Nix gets to stop its builders and release its locks before it is killed.
 _GRACE_SECONDS = 5.0
+# Between two looks at those who were killed and have not ended yet; after so many they are left alone.
+_BURIAL_SECONDS = 0.01
+_BURIALS = 200
 # How long output may still come when the command has ended: whoever holds the pipe then is none of its group.
 _PIPE_GRACE_SECONDS = 1.0
 
@@ -67,6 +70,7 @@ async def run(
                 )
                 code = await process.wait()
                 _signal_group(process.pid, signal.SIGKILL)
+                await _bury(process.pid)
                 _, open_still = await asyncio.wait(readers, timeout=_PIPE_GRACE_SECONDS)
                 for reader in open_still:
                     reader.cancel()
@@ -118,6 +122,7 @@ async def _terminate(process: asyncio.subprocess.Process, pipes: Sequence[asynci
                 await process.wait()
         _signal_group(process.pid, signal.SIGKILL)
         await process.wait()
+        await _bury(process.pid)
     finally:
         for drain in drains:
             drain.cancel()
@@ -127,6 +132,18 @@ async def _terminate(process: asyncio.subprocess.Process, pipes: Sequence[asynci
 def _signal_group(group: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
+
+
+async def _bury(group: int) -> None:
+    """Wait for those of the killed *group* that outlived their parent, where they are left to this process.
+
+    The first process of a container inherits all orphans, and they stay in the process table until it has asked how
+    they ended.
+    """
+    with suppress(ChildProcessError):
+        for _ in range(_BURIALS):
+            if os.waitpid(-group, os.WNOHANG) == (0, 0):  # noqa: ASYNC222 - it does not block
+                await asyncio.sleep(_BURIAL_SECONDS)
 
 
 async def _drain(pipe: asyncio.StreamReader) -> None:

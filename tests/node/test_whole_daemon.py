@@ -122,7 +122,7 @@ async def test_a_store_that_the_controller_left_on_this_node_is_removed_when_it_
     left.mkdir(parents=True)
     (store / ".lock").touch()
     await cluster.use_cache(node="node-1")
-    await whole.start()
+    await whole.start(CKNIX_ABANDONED_STORE_TIME="0")
     await asyncio.sleep(0.5)
     assert left.is_dir()  # the controller lives here
     await cluster.use_cache(node="node-2")

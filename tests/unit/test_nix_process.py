@@ -6,6 +6,7 @@ The children here are shells and Pythons that misbehave; what is left of them is
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -244,3 +245,31 @@ async def test_an_error_in_the_callback_ends_the_command(tmp_path: Path) -> None
     with pytest.raises(RuntimeError, match="no"):
         await sh(f'echo $$ > "$1"; echo x >&2; exec sleep {LONG}', str(tmp_path / "pid"), on_line=refuse)
     await all_gone(await pids_in(tmp_path / "pid", 1))
+
+
+BURIED = """
+import asyncio, os, subprocess, sys
+from cknix_csi.nix import process
+from cknix_csi.run.orphans import adopt
+
+async def left(*argv, deadline):
+    try:
+        await process.run(argv, env=dict(os.environ), deadline=deadline, on_line=lambda line: None)
+    except TimeoutError:
+        pass
+    try:
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) or "a child that lives"
+    except ChildProcessError:
+        return None
+
+adopt()
+process._GRACE_SECONDS = 0.2
+print(asyncio.run(left("sh", "-c", "sleep 100 & sleep 100 & exit 0", deadline=10)))
+stubborn = "trap : TERM; sh -c 'trap : TERM; sleep 100; sleep 100' & wait; wait"
+print(asyncio.run(left("sh", "-c", stubborn, deadline=0.5)))
+"""
+
+
+def test_orphans_that_a_container_leaves_to_its_first_process_are_buried() -> None:
+    done = subprocess.run([sys.executable, "-c", BURIED], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["None", "None"], done.stderr
