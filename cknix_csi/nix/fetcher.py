@@ -19,7 +19,7 @@ from cknix_csi.nix.recovery import is_whole, missing
 from cknix_csi.nix.substituters import CacheEndpoint
 
 _MAX_NAMED = 5
-_TRIES = 8
+TRIES = 8
 """How often a fetch is begun that garbage collections disturb: of 50 fetches one to three, when they never pause."""
 
 _log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class StoreFetcher:
 
     async def _fetch_undisturbed(self, path: StorePath, progress: OnProgress) -> None:
         """Begin again when a garbage collection took a part of it."""
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             try:
                 return await self._fetch(path, await self._endpoints(), progress)
             except (PathCollected, PathNotValid) as error:

@@ -36,6 +36,7 @@ EVERYTHING = 1 << 60
 """More bytes than any disk has: all garbage must go."""
 FAST = Pace(pause=0.0)
 ROUNDS = int(os.environ.get("CKNIX_TEST_ROUNDS", "2"))
+MANY = 20_000
 
 
 @pytest.fixture
@@ -470,7 +471,7 @@ async def test_what_a_collection_that_was_killed_left_half_deleted_goes_with_the
     """Nix forgets a path before it deletes it, and lists it then with what nobody knows."""
     many = room.env.directory / "many"
     many.mkdir()
-    for number in range(4000):
+    for number in range(MANY):
         (many / str(number)).touch()
     path = StorePath.parse(room.env.lines("nix-store", "--add", many)[0])
     physical = room.store.physical_path(path)
@@ -480,7 +481,7 @@ async def test_what_a_collection_that_was_killed_left_half_deleted_goes_with_the
     collecting = asyncio.create_task(collector.collect(EVERYTHING, []))
 
     def wait_until_it_is_in_the_middle() -> None:
-        while len(os.listdir(physical)) == 4000:
+        while len(os.listdir(physical)) == MANY:
             pass
 
     async with asyncio.timeout(30):

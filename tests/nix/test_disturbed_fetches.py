@@ -182,7 +182,7 @@ async def test_a_fetch_that_collections_disturb_each_time_is_given_up_in_the_end
     with pytest.raises(PathCollected, match="a garbage collection came in between while") as e:
         await node.fetcher.fetch(node.wanted, lambda _: None)
     assert e.value.code is Code.UNAVAILABLE
-    assert node.disturbed == 4
+    assert node.disturbed == fetcher_module.TRIES
 
 
 async def test_what_the_cache_does_not_have_is_not_asked_for_again(node: Node) -> None:
