@@ -222,8 +222,11 @@ async def test_a_cancelled_build_leaves_nothing_running_and_nothing_locked(room:
     assert not room.is_valid(evaluation.result)
 
     again = asyncio.create_task(room.nix().build(evaluation, progress=lambda _: None))
-    for pid in await until_building(f"sleep\0{marker}"):
-        subprocess.run(["kill", "-9", str(pid)], check=False)
+    await until_building(f"sleep\0{marker}")
+    while not again.done():  # the second sleep may begin after the first was seen
+        for pid in processes_of(f"sleep\0{marker}"):
+            subprocess.run(["kill", "-9", str(pid)], check=False)
+        await asyncio.sleep(0.05)
     with pytest.raises(BuildFailed):
         await again
 
