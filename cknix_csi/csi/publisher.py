@@ -381,7 +381,9 @@ class Publisher:
         """True when *call* is fulfilled already.  Raises when it may not be fulfilled."""
         there = self._volumes.published(call.target)
         if there is not None:
-            require_same(call, there, self._remembered.get(call.target), self._records.volume_at(call.target))
+            remembered = self._remembered.get(call.target)
+            noted = "" if remembered is not None else self._records.volume_at(call.target)
+            require_same(call, there, remembered, noted)
             self._remembered.setdefault(call.target, call)
             self._records.published(call, there.closure_id, there.presentation)
             logs.note(closure=there.closure_id)
