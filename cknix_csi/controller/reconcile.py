@@ -30,7 +30,6 @@ from cknix_csi.api.progress import Progress, humanise
 from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.controller import status as states
-from cknix_csi.controller.failing import Failing
 from cknix_csi.controller.nodes import ClusterSystems
 from cknix_csi.controller.ports import Closures, Nix, Options, Roots
 from cknix_csi.controller.queue import BuildQueue
@@ -44,6 +43,7 @@ from cknix_csi.kube.events import EventRecorder, Subject
 from cknix_csi.metrics.ports import ControllerMetrics
 from cknix_csi.nix.fetcherrors import PathCollected
 from cknix_csi.nix.nix import Evaluation
+from cknix_csi.repeats import Repeats
 
 _MAX_REBUILD = 128
 _MAX_LOGGED = 500
@@ -124,7 +124,7 @@ class Reconciliation:
         self._step = EVALUATED
         self._being_built: dict[str, StorePath] = {}
         """Roots of what no status names yet."""
-        self._failing = Failing()
+        self._failing = Repeats()
         self._cause = ""
         """Why the last try was not the end of it, while another one is made."""
         self._losses: dict[StorePath, Loss] = {}
@@ -184,8 +184,8 @@ class Reconciliation:
                 only_if_needed = False
                 await self._attempt()
                 self._cause = ""
-                if count := self._failing.over():
-                    _log.info("%s: ended after %d failed tries", self.wanted.subject, count)
+                if failed := self._failing.over(self.wanted.subject):
+                    _log.info("%s: ended after %d failed tries", self.wanted.subject, failed.count)
                 return
             except Exception as error:  # a bug, too, must neither end the controller nor be retried in a hurry
                 delay = backoff.next()
@@ -319,7 +319,7 @@ class Reconciliation:
             said, level, bug = error.message, logging.WARNING, None
         else:
             said, level, bug = f"internal error: {type(error).__name__}: {error}", logging.ERROR, error
-        level = level if self._failing.again(said) else logging.DEBUG
+        level = level if self._failing.failed(self.wanted.subject, said).aloud else logging.DEBUG
         _log.log(level, "%s: %s; trying again in %.0f s", self.wanted.subject, said, delay, exc_info=bug)
         self._cause = f"the last try: {states.headline(said)}"
         status = self.status

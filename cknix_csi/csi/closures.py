@@ -17,10 +17,10 @@ from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.csi.flights import Flights
 from cknix_csi.csi.lifecycle import shutting_down
-from cknix_csi.csi.repeats import Repeats
 from cknix_csi.csi.room import NO_MATTER, Room
 from cknix_csi.csi.turns import Turns
 from cknix_csi.csi.waiting import OnWait, untold
+from cknix_csi.repeats import Repeats
 from cknix_csi.volumes.failures import explained
 from cknix_csi.volumes.locks import finish
 

@@ -9,7 +9,6 @@ from cknix_csi.api.progress import humanise
 from cknix_csi.api.topology import segments_of
 from cknix_csi.csi.errors import unimplemented
 from cknix_csi.csi.publisher import Publisher
-from cknix_csi.csi.repeats import Repeats
 from cknix_csi.csi.requests import PublishCall, StatsCall, UnpublishCall
 from cknix_csi.csi.rpc import Service, rpc
 from cknix_csi.csi.stats import Measures, stats_response
@@ -34,6 +33,7 @@ from cknix_csi.proto.csi_pb2 import (
     NodeUnstageVolumeResponse,
     Topology,
 )
+from cknix_csi.repeats import Repeats
 
 log = logging.getLogger(__name__)
 

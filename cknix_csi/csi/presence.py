@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from cknix_csi.api.errors import CknixError
-from cknix_csi.csi.repeats import Repeats
+from cknix_csi.repeats import Repeats
 
 log = logging.getLogger(__name__)
 

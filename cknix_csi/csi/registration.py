@@ -14,7 +14,6 @@ from typing import NoReturn
 
 from cknix_csi.api.errors import CknixError
 from cknix_csi.api.situations import Situation
-from cknix_csi.csi.repeats import Repeats
 from cknix_csi.csi.rpc import Service, rpc
 from cknix_csi.kube.backoff import Backoff
 from cknix_csi.proto.pluginregistration_grpc import RegistrationBase
@@ -24,6 +23,7 @@ from cknix_csi.proto.pluginregistration_pb2 import (
     RegistrationStatus,
     RegistrationStatusResponse,
 )
+from cknix_csi.repeats import Repeats
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from cknix_csi.api.errors import CknixError, InProgress
 from cknix_csi.api.progress import humanise
 from cknix_csi.api.situations import Situation
 from cknix_csi.csi.errors import grpc_error
-from cknix_csi.csi.repeats import Repeated, Repeats
+from cknix_csi.repeats import Repeated, Repeats
 
 log = logging.getLogger(__name__)
 

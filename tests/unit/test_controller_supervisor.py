@@ -21,7 +21,6 @@ from cknix_csi.api.expression import Data
 from cknix_csi.api.progress import Progress
 from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
-from cknix_csi.controller.failing import REMINDER_SECONDS, Failing
 from cknix_csi.controller.nodes import ClusterSystems
 from cknix_csi.controller.ports import Options
 from cknix_csi.controller.queue import BuildQueue
@@ -304,19 +303,6 @@ async def test_a_failure_that_repeats_is_told_aloud_once_and_its_cause_stays_sho
     assert [level for level, _ in told] == ["WARNING", "DEBUG", "DEBUG"]
     assert all("trying again in" in message for _, message in told)
     assert "n/a: ended after 3 failed tries" in caplog.text
-
-
-def test_a_failure_is_told_again_when_its_words_change_and_after_a_while() -> None:
-    now = 0.0
-    failing = Failing(clock=lambda: now)
-    assert [failing.again(words) for words in ("a", "a", "b", "b", "a")] == [True, False, True, False, True]
-    now = REMINDER_SECONDS - 1
-    assert not failing.again("a")
-    now = REMINDER_SECONDS
-    assert failing.again("a")
-    assert failing.over() == 7
-    assert failing.over() == 0
-    assert failing.again("a")
 
 
 def ready(world: World) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cknix_csi.csi.repeats import IDLE_SECONDS, REMINDER_SECONDS, Repeats
+from cknix_csi.repeats import IDLE_SECONDS, REMINDER_SECONDS, Repeats
 
 
 class Clock:
@@ -64,3 +64,20 @@ def test_what_nobody_meets_any_more_is_forgotten() -> None:
     assert [gone.words for gone in repeats.idle()] == ["broken"]
     assert repeats.over("v1") is None
     assert repeats.over("v2") is not None
+
+
+def test_a_failure_is_told_again_when_its_words_change_and_after_a_while() -> None:
+    clock = Clock()
+    repeats = Repeats(clock)
+    began = clock.now
+    aloud = [repeats.failed("work", words).aloud for words in ("a", "a", "b", "b", "a")]
+    assert aloud == [True, False, True, False, True]
+    clock.now = began + REMINDER_SECONDS - 1
+    assert not repeats.failed("work", "a").aloud
+    clock.now = began + REMINDER_SECONDS
+    assert repeats.failed("work", "a").aloud
+    ended = repeats.over("work")
+    assert ended is not None
+    assert ended.count == 7
+    assert repeats.over("work") is None
+    assert repeats.failed("work", "a").aloud

@@ -1,4 +1,4 @@
-"""Failures that come again and again, as kubelet's retries make them, told once."""
+"""Failures that come again and again, as retries make them, told once."""
 
 from __future__ import annotations
 
