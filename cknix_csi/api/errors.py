@@ -111,6 +111,10 @@ class CacheUnavailable(CknixError):
     situation = Situation.CACHE_UNAVAILABLE
 
 
+class OtherCacheUnavailable(CacheUnavailable):
+    """The cache of the cluster does not have a path, and another one, which may, could not be asked."""
+
+
 class PathUntrusted(CknixError):
     """A cache offered a path whose signature or content does not hold."""
 

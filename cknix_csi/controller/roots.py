@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from cknix_csi.api.storepath import StorePath
 from cknix_csi.controller.ports import Roots
-from cknix_csi.controller.threads import in_thread
+from cknix_csi.finishing import in_thread
 from cknix_csi.kube.api import Api, ApiError, expressions, list_all
 from cknix_csi.kube.backoff import Backoff
 from cknix_csi.kube.events import Subject

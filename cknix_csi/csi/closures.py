@@ -20,9 +20,9 @@ from cknix_csi.csi.lifecycle import shutting_down
 from cknix_csi.csi.room import NO_MATTER, Room
 from cknix_csi.csi.turns import Turns
 from cknix_csi.csi.waiting import OnWait, untold
+from cknix_csi.finishing import finish
 from cknix_csi.repeats import Repeats
 from cknix_csi.volumes.failures import explained
-from cknix_csi.volumes.locks import finish
 
 log = logging.getLogger(__name__)
 

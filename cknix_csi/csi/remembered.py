@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cknix_csi.api.attributes import FromExpression
 from cknix_csi.api.storepath import InvalidStorePath, StorePath
-from cknix_csi.volumes.locks import finish
+from cknix_csi.finishing import finish
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Protocol
 
 from cknix_csi.api.attributes import EXPRESSION, FromExpression, FromSource, FromStorePath, VolumeSource
-from cknix_csi.api.errors import CacheUnavailable, CknixError, InProgress, NotFound
+from cknix_csi.api.errors import CacheUnavailable, CknixError, InProgress, NotFound, OtherCacheUnavailable
 from cknix_csi.api.expression import FAILED, SUCCEEDED, Observed
 from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
@@ -162,7 +162,7 @@ def nowhere(source: VolumeSource, path: StorePath, error: CacheUnavailable | Not
             f"it; {help_}",
             Situation.RESULT_LOST,
         )
-    if "does not have it" in error.message:  # and another cache, which may, could not be asked
+    if isinstance(error, OtherCacheUnavailable):
         return CacheUnavailable(f"{error.message}; {help_}")
     return error
 

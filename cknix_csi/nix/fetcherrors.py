@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from cknix_csi.api.errors import CacheUnavailable, CknixError, NotFound, PathUntrusted
+from cknix_csi.api.errors import CacheUnavailable, CknixError, NotFound, OtherCacheUnavailable, PathUntrusted
 from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import StorePath
 
@@ -88,7 +88,7 @@ def fetch_error(path: StorePath, urls: Sequence[str], errors: Sequence[str], war
             return CacheUnavailable(f"{path} is not on this node and {asked} could not deliver it: {found}")
     for words in _UNREACHABLE:
         if urls and (found := _with(said, words)):
-            return CacheUnavailable(
+            return OtherCacheUnavailable(
                 f"{path} is not on this node, {asked} does not have it, and another cache could not be asked: {found}"
             )
     if met_collector(said) or any(words in message for message in said for words in _COLLECTED):

@@ -35,6 +35,7 @@ from cknix_csi.api.expression import FLAKE_REF_PATTERN, Data
 from cknix_csi.api.progress import Progress, humanise
 from cknix_csi.api.situations import Situation
 from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
+from cknix_csi.boot import boot_id
 from cknix_csi.nix import database, localflakes, process
 from cknix_csi.nix.confine import confined, contained
 from cknix_csi.nix.fetcherrors import PathCollected, fetch_error, killed_builder, met_collector, unreachable
@@ -43,7 +44,7 @@ from cknix_csi.nix.readable import readable
 from cknix_csi.nix.recovery import missing
 from cknix_csi.nix.store import Store
 from cknix_csi.nix.substituters import CacheEndpoint
-from cknix_csi.nix.unsynced import Unsynced, this_boot
+from cknix_csi.nix.unsynced import Unsynced
 
 OnProgress = Callable[[Progress], None]
 
@@ -83,7 +84,7 @@ class Evaluation:
 class Nix:
     """The Nix of this machine, working on one store; to be closed in the end."""
 
-    def __init__(self, store: Store, options: NixOptions, *, boot_id: Callable[[], str] = this_boot) -> None:
+    def __init__(self, store: Store, options: NixOptions, *, boot_id: Callable[[], str] = boot_id) -> None:
         self.store = store
         self.unsynced = Unsynced(store, boot_id=boot_id, after_cut=self._forget_downloads)
         self._options = options

@@ -24,28 +24,23 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from cknix_csi.api.errors import CknixError
 from cknix_csi.api.storepath import StorePath
+from cknix_csi.boot import boot_id
+from cknix_csi.finishing import finish, in_thread
 from cknix_csi.nix import database, powercut
 from cknix_csi.nix.durable import make_directory, sync_directory, sync_file_systems
 from cknix_csi.nix.recovery import recover, told
 from cknix_csi.nix.store import Store
 
 _DIRECTORY = "cknix/unsynced"
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Whoever waits for a fetch goes on to make a view of it: the disk is theirs first.
 _DELAY_SECONDS = 1.0
 _POLL_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
-
-
-def this_boot() -> str:
-    """The kernel's name for the time since it was started.  Raises OSError."""
-    return _BOOT_ID.read_text().strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +98,7 @@ class Unsynced:
         self,
         store: Store,
         *,
-        boot_id: Callable[[], str] = this_boot,
+        boot_id: Callable[[], str] = boot_id,
         after_cut: Callable[[], None] = lambda: None,
         delay: float = _DELAY_SECONDS,
     ) -> None:
@@ -221,7 +216,7 @@ class Unsynced:
             try:
                 await asyncio.sleep(self._delay)
                 ended = [operation for operation in self._operations if operation.ended]
-                await _to_its_end(partial(self._settle, ended))
+                await in_thread(self._settle, ended)
             except asyncio.CancelledError:
                 # The process ends: the notes are for the next one.
                 self._let_go()
@@ -263,7 +258,7 @@ class Unsynced:
         cut, self._abandoned = found
         if cut:
             stop = threading.Event()
-            await _to_its_end(lambda: self._mend(cut, stop), stop.set)
+            await finish(asyncio.to_thread(self._mend, cut, stop), on_cancel=stop.set)
         self._survived = True
         if self._abandoned:
             self._wake()
@@ -373,19 +368,6 @@ def _files(directory: Path) -> list[Path]:
         return sorted(directory.iterdir())
     except FileNotFoundError:
         return []
-
-
-async def _to_its_end(work: Callable[[], None], cancelled: Callable[[], None] = lambda: None) -> None:
-    """Do *work* in a thread and wait for its end also when the caller is cancelled, having called *cancelled*."""
-    task = asyncio.create_task(asyncio.to_thread(work))
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        cancelled()
-        await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()
-        raise
 
 
 def _tell(check: asyncio.Task[None]) -> None:

@@ -25,11 +25,11 @@ from cknix_csi.api.limits import Limit, Medium
 from cknix_csi.api.progress import humanise
 from cknix_csi.api.quantity import format_quantity, readable_size
 from cknix_csi.api.storepath import InvalidStorePath, StorePath
+from cknix_csi.finishing import in_thread
 from cknix_csi.volumes import syscalls
 from cknix_csi.volumes.copytree import CopySize
 from cknix_csi.volumes.failures import LimitReached, VolumeFailed, explained
 from cknix_csi.volumes.farm import FarmEngine, FarmReport, VarLayout, furnish, settle
-from cknix_csi.volumes.locks import in_thread
 from cknix_csi.volumes.mountinfo import Mount, MountTable
 from cknix_csi.volumes.place import Place
 from cknix_csi.volumes.sized import SPACE

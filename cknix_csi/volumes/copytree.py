@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from cknix_csi.finishing import finish
 from cknix_csi.volumes import soundness, syscalls
 from cknix_csi.volumes.failures import StoreDamaged
 from cknix_csi.volumes.farm import FarmReport
-from cknix_csi.volumes.locks import finish
 
 THREADS = min(4, os.cpu_count() or 1)
 """Of a tree.  The GIL lets them overlap in the kernel only: more than processors, or more than four, are slower."""

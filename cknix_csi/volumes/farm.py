@@ -27,9 +27,10 @@ from typing import Protocol
 from cknix_csi.api.closure import Closure
 from cknix_csi.api.presentation import Presentation
 from cknix_csi.api.storepath import STORE_DIR, StorePath
+from cknix_csi.boot import boot_id
+from cknix_csi.finishing import finish
 from cknix_csi.volumes import soundness
 from cknix_csi.volumes.failures import explained
-from cknix_csi.volumes.locks import finish
 from cknix_csi.volumes.mountinfo import Mount, MountTable
 from cknix_csi.volumes.soundness import LINKS, STAMP
 from cknix_csi.volumes.trash import Trash
@@ -41,7 +42,6 @@ log = logging.getLogger(__name__)
 
 SOURCE = f"{PREFIX}farm:"
 """What overlays over a farm show as their source in the mount table, followed by the closure's id."""
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 @dataclass(slots=True)
@@ -198,7 +198,7 @@ class Farms(TreeDirectory):
         path = self.path(closure_id)
         try:
             with open(f"{path}/sealed", encoding="ascii") as file:
-                complete = file.read() == _boot_id()
+                complete = file.read() == boot_id()
             unchanged = os.lstat(f"{path}/tree/nix/store").st_mtime_ns == STAMP
         except OSError:
             return False
@@ -221,7 +221,7 @@ class Farms(TreeDirectory):
         with explained(f"complete the farm of {closure_id}"):
             settle(f"{building}/tree", self._var)
             with open(f"{building}/sealed", "x", encoding="ascii") as file:
-                file.write(_boot_id())
+                file.write(boot_id())
         if self.sound(closure_id):
             self.abandon(building)
             return
@@ -260,11 +260,6 @@ def _prepare(tree: str, store_dir: Path, names: Sequence[str]) -> None:
 def _furnish_rest(tree: str, root: StorePath, var: VarLayout) -> None:
     os.mkdir(f"{tree}/nix/store/{LINKS}")  # a Nix client on a read-only store wants it
     var.write(f"{tree}/nix/var", root)
-
-
-def _boot_id() -> str:
-    with open(_BOOT_ID, encoding="ascii") as file:
-        return file.read()
 
 
 def _root_of(shown: str) -> str | None:

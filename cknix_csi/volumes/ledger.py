@@ -26,6 +26,7 @@ import aiosqlite
 
 from cknix_csi.api.errors import CknixError
 from cknix_csi.api.situations import Situation
+from cknix_csi.boot import boot_id
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,6 @@ SQLite's ``user_version``."""
 FILE = Path("state/ledger.sqlite")
 """Below a data root."""
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _BUSY_SECONDS = 5.0
 _MOST_CLOSURES = 10_000
 _RETRY_SECONDS = 30.0
@@ -135,7 +135,7 @@ class Ledger:
         self,
         file: Path,
         *,
-        boot_id: Callable[[], str] | None = None,
+        boot_id: Callable[[], str] = boot_id,
         clock: Callable[[], float] = time.time,
         retry_seconds: float = _RETRY_SECONDS,
         gather_seconds: float = _GATHER_SECONDS,
@@ -145,7 +145,7 @@ class Ledger:
         Changes are written together, *gather_seconds* after the first of them: many pods that start at once share a
         transaction.  After a write that failed, the next try comes *retry_seconds* later.
         """
-        self._file = _File(file, boot_id or _this_boot)
+        self._file = _File(file, boot_id)
         self._clock = clock
         self._retry_seconds = retry_seconds
         self._gather_seconds = gather_seconds
@@ -589,7 +589,3 @@ def _is_unfit(error: sqlite3.Error) -> bool:
     name = getattr(error, "sqlite_errorname", "")
     # SQLITE_ERROR: a table or a column is not there.
     return isinstance(error, _Damaged | _Newer | _NoFile) or name.startswith(_UNFIT) or name == "SQLITE_ERROR"
-
-
-def _this_boot() -> str:
-    return _BOOT_ID.read_text().strip()

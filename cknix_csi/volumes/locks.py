@@ -1,4 +1,4 @@
-"""Locks by name, a lock against other processes, and steps that cancellation does not tear apart."""
+"""Locks by name, and a lock against other processes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar
-
-T = TypeVar("T")
-P = ParamSpec("P")
+from collections.abc import AsyncIterator
 
 
 class _Lock(asyncio.Lock):
@@ -89,38 +85,3 @@ class ProcessLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-
-async def finish(step: Coroutine[Any, Any, T]) -> T:
-    """Run *step* to its end even when the caller is cancelled; the cancellation is raised afterwards.
-
-    A worker thread cannot be stopped, so whatever undoes a step must not begin before the step has ended.
-    """
-    task = asyncio.create_task(step)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is None:
-        return task.result()
-    if not task.cancelled() and (failure := task.exception()) is not None:
-        raise cancelled from failure
-    raise cancelled
-
-
-async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """:func:`finish` of *function* in a worker thread."""
-    return await finish(asyncio.to_thread(function, *args, **kwargs))
-
-
-async def together(*steps: Coroutine[Any, Any, None]) -> None:
-    """:func:`finish` of all *steps* at once: when one fails, or the caller is cancelled, the others end first."""
-
-    async def run() -> None:
-        for ended in await asyncio.gather(*steps, return_exceptions=True):
-            if ended is not None:
-                raise ended
-
-    await finish(run())

@@ -14,8 +14,9 @@ from contextlib import asynccontextmanager
 
 from cknix_csi.api.errors import CknixError
 from cknix_csi.api.storepath import StorePath
+from cknix_csi.finishing import finish
 from cknix_csi.volumes.closures import Closures
-from cknix_csi.volumes.locks import KeyedLocks, finish
+from cknix_csi.volumes.locks import KeyedLocks
 from cknix_csi.volumes.mountinfo import MountTable
 from cknix_csi.volumes.mounts import Mounts
 from cknix_csi.volumes.private import PrivateLayers

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Protocol
 
 from cknix_csi.api.errors import DeadlineExceeded, OutOfSpace
+from cknix_csi.finishing import finish
 from cknix_csi.volumes.failures import VolumeFailed
 from cknix_csi.volumes.farm import FarmReport
-from cknix_csi.volumes.locks import finish
 
 DEADLINE = 1800.0
 """Seconds; 376,000 files take half a minute on a quiet machine."""

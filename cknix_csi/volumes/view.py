@@ -24,9 +24,9 @@ from pathlib import Path
 from cknix_csi.api.closure import Closure, ClosurePath
 from cknix_csi.api.presentation import Presentation
 from cknix_csi.api.storepath import STORE_DIR, StorePath
+from cknix_csi.finishing import finish, in_thread, together
 from cknix_csi.volumes import soundness, syscalls
 from cknix_csi.volumes.failures import StoreDamaged, explained
-from cknix_csi.volumes.locks import finish, in_thread, together
 from cknix_csi.volumes.mountinfo import Mount, MountTable
 from cknix_csi.volumes.soundness import LINKS, METACOPY, REDIRECT, STAMP
 from cknix_csi.volumes.trash import Trash

@@ -25,6 +25,7 @@ from cknix_csi.api.errors import CknixError, Conflict, Invalid, Problem
 from cknix_csi.api.limits import Limit, Medium
 from cknix_csi.api.presentation import Presentation
 from cknix_csi.api.storepath import StorePath
+from cknix_csi.finishing import finish, in_thread
 from cknix_csi.volumes import target as targets
 from cknix_csi.volumes.abilities import Abilities, Prober
 from cknix_csi.volumes.choose import Choice, Wish
@@ -34,7 +35,7 @@ from cknix_csi.volumes.copytree import CopyEngine
 from cknix_csi.volumes.failures import DataRootTaken, NodeUnusable, NotUndone, ViewDamaged, explained
 from cknix_csi.volumes.farm import Farms
 from cknix_csi.volumes.linking import LinkEngine
-from cknix_csi.volumes.locks import KeyedLocks, ProcessLock, finish, in_thread
+from cknix_csi.volumes.locks import KeyedLocks, ProcessLock
 from cknix_csi.volumes.mountinfo import Mount, MountTableUnreadable
 from cknix_csi.volumes.mounts import KernelMounts, Mounts
 from cknix_csi.volumes.place import Place

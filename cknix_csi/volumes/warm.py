@@ -16,9 +16,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cknix_csi.api.errors import CknixError, Conflict
+from cknix_csi.finishing import finish
 from cknix_csi.volumes.closures import Closures
 from cknix_csi.volumes.failures import explained
-from cknix_csi.volumes.locks import KeyedLocks, finish
+from cknix_csi.volumes.locks import KeyedLocks
 from cknix_csi.volumes.mountinfo import MountTable
 from cknix_csi.volumes.mounts import Mounts
 from cknix_csi.volumes.trash import Trash

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from cknix_csi.api.attributes import FromExpression, FromSource, FromStorePath
-from cknix_csi.api.errors import CacheUnavailable, CknixError, InProgress, NotFound
+from cknix_csi.api.errors import CacheUnavailable, CknixError, InProgress, NotFound, OtherCacheUnavailable
 from cknix_csi.api.expression import FAILED, RUNNING, SUCCEEDED
 from cknix_csi.api.situations import Code, Situation
 from cknix_csi.csi.resolve import Resolver, nowhere
@@ -56,7 +56,7 @@ def test_that_the_cache_has_lost_a_result_is_said_to_who_has_named_the_expressio
     assert str(HELLO) in told.message
     assert "`kubectl -n default describe expr hello` tells" in told.message
     # Another cache may have it: this is tried again, and says the same.
-    unsure = CacheUnavailable("http://cache does not have it, and another cache could not be asked: no route")
+    unsure = OtherCacheUnavailable("http://cache does not have it, and another cache could not be asked: no route")
     told = nowhere(HELLO_EXPRESSION, HELLO, unsure)
     assert told.situation is unsure.situation
     assert told.message.startswith(f"{unsure.message}; `kubectl -n default describe expr hello` tells")

@@ -7,7 +7,6 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from cknix_csi.api.storepath import StorePath
 from cknix_csi.controller.key import MalformedKey, ensure_key
 from cknix_csi.controller.nodes import ClusterSystems, systems_of
 from cknix_csi.controller.roots import owner, release_orphans, root_name
-from cknix_csi.controller.threads import in_thread
 from cknix_csi.kube.api import JSON_PATCH, ApiError, Json, WatchEvent, core, expressions, list_all
 from cknix_csi.kube.backoff import Backoff
 from cknix_csi.kube.cacheconfig import CacheConfig
@@ -365,23 +363,3 @@ async def test_an_incomplete_config_names_no_cache(data: Json | None, tmp_path: 
     api.objects[core("configmaps", "s", "cknix-cache")] = {"data": data}
     assert await CacheConfig(api, "s", tmp_path / "cache.json").endpoints() == ()
     assert not (tmp_path / "cache.json").exists()
-
-
-async def test_work_in_a_thread_has_ended_when_its_cancellation_is_told() -> None:
-    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
-
-    def work() -> None:
-        begun.set()
-        go_on.wait(10)
-        ended.set()
-
-    task = asyncio.create_task(in_thread(work))
-    await asyncio.to_thread(begun.wait, 10)
-    for _ in range(3):
-        task.cancel()
-        await asyncio.sleep(0)
-    assert not task.done()
-    go_on.set()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert ended.is_set()

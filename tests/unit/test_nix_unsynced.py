@@ -474,10 +474,6 @@ def test_a_note_is_what_it_was_written_as() -> None:
     assert json.loads(note.written())["newest"] == 7
 
 
-def test_this_boot_is_the_kernels() -> None:
-    assert unsynced.this_boot() == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
 async def until(reached: Any) -> None:
     async with asyncio.timeout(10):
         while not reached():

@@ -1,12 +1,13 @@
-"""Steps that belong together end together."""
+"""Steps end whatever happens to who waits for them."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
-from cknix_csi.volumes.locks import together
+from cknix_csi.finishing import finish, in_thread, together
 
 
 class Step:
@@ -65,3 +66,39 @@ async def test_a_cancellation_waits_for_both() -> None:
     with pytest.raises(asyncio.CancelledError):
         await both
     assert (one.ended, two.ended) == (True, True)
+
+
+async def test_work_in_a_thread_has_ended_when_its_cancellation_is_told() -> None:
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        go_on.wait(10)
+        ended.set()
+
+    task = asyncio.create_task(in_thread(work))
+    await asyncio.to_thread(begun.wait, 10)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+    assert not task.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
+
+
+async def test_a_step_that_can_end_early_is_told_of_each_cancellation() -> None:
+    step = Step()
+    told: list[str] = []
+    task = asyncio.create_task(finish(step(), on_cancel=lambda: told.append("end")))
+    for count in (1, 2):
+        await rest()
+        task.cancel()
+        await rest()
+        assert len(told) == count
+    assert not task.done()
+    step.go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert step.ended
