@@ -9,6 +9,7 @@ What Nix 2.8, 2.26 and 2.34 say alike:
 * a narinfo that was remembered while the NAR is gone: ``does not exist in binary cache``;
 * a path that nobody has: ``don't know how to build these paths``;
 * a garbage collection that ended just then: ``cannot connect to socket at '…/gc-socket/socket'``;
+* a database that SQLite calls busy without having waited: ``SQLite database '<file>' is busy``;
 * a reference that was there, and was collected before the path itself came: ``path '<reference>' is not valid``,
   ``reference '<reference>' of path '<path>' is not a valid path``, or a broken assertion of that.
 """
@@ -34,6 +35,7 @@ _LEFT_OUT = " cannot be downloaded, ignoring"
 _GONE_COLLECTOR = re.compile("cannot connect to socket at '.*/gc-socket/socket'")
 _COLLECTED = ("' is not valid", "' is not a valid path", "Assertion `worker.store.isValidPath(")
 _KILLED = "failed due to signal 9 "
+_BUSY = re.compile("SQLite database '.*' is busy")
 _RETRYING = "; retrying in"
 _ANSWERED = re.compile("HTTP error [1-9]|unable to download 'file:")
 
@@ -66,6 +68,11 @@ def _cause(messages: Sequence[str], left_out: str) -> str:
 def killed_builder(errors: Sequence[str]) -> bool:
     """True when a build failed because its builder was ended by SIGKILL, as the kernel does when memory is short."""
     return any(_KILLED in message for message in errors)
+
+
+def busy_database(errors: Sequence[str]) -> str:
+    """What SQLite said when a command failed because others used the store's database; empty when it did not."""
+    return next((found[0] for message in errors if (found := _BUSY.search(message))), "")
 
 
 def met_collector(errors: Sequence[str]) -> bool:

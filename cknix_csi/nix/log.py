@@ -171,6 +171,12 @@ class Log:
         if isinstance(event, dict):
             self._event(event)
 
+    def forget_messages(self) -> None:
+        """What was said explains nothing: the command is run again."""
+        self._errors.clear()
+        self._warnings.clear()
+        self._builds.clear()
+
     @property
     def errors(self) -> list[str]:
         """The newest of Nix's error messages, oldest first."""

@@ -38,7 +38,15 @@ from cknix_csi.api.storepath import STORE_DIR, InvalidStorePath, StorePath
 from cknix_csi.boot import boot_id
 from cknix_csi.nix import database, localflakes, process
 from cknix_csi.nix.confine import confined, contained
-from cknix_csi.nix.fetcherrors import PathCollected, fetch_error, killed_builder, met_collector, unreachable
+from cknix_csi.nix.database import DatabaseUnreadable
+from cknix_csi.nix.fetcherrors import (
+    PathCollected,
+    busy_database,
+    fetch_error,
+    killed_builder,
+    met_collector,
+    unreachable,
+)
 from cknix_csi.nix.log import Log
 from cknix_csi.nix.readable import readable
 from cknix_csi.nix.recovery import missing
@@ -300,13 +308,26 @@ class Nix:
     async def _run(
         self, argv: list[str], log: Log, deadline: float, directory: Path | None = None
     ) -> process.Completed:
-        """Run *argv* in *directory*, which is made, or where this program was started."""
+        """Run *argv* in *directory*, which is made, or where this program was started.
+
+        When the database was busy it is run again.  Raises :class:`DatabaseUnreadable` when it still is.
+        """
+        clock = asyncio.get_running_loop().time
+        ends = clock() + deadline
         try:
             await asyncio.to_thread(self._scratch)
             await asyncio.to_thread(self.store.prepare)
             if directory is not None:
                 await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True, exist_ok=True)
-            return await process.run(argv, env=self._environment(), deadline=deadline, on_line=log.feed, cwd=directory)
+            for pause in _BUSY_PAUSES:
+                completed = await process.run(
+                    argv, env=self._environment(), deadline=ends - clock(), on_line=log.feed, cwd=directory
+                )
+                if completed.code == 0 or not (said := busy_database(log.errors)):
+                    return completed
+                log.forget_messages()
+                await asyncio.sleep(pause)
+            raise DatabaseUnreadable(f"{said}, again and again; it is tried again")
         except FileNotFoundError as error:
             raise CknixError(f"{error.filename} was not found; is Nix on PATH?", Situation.NIX_NOT_FOUND) from None
 
@@ -351,6 +372,9 @@ _MAX_LOGGED = 2000
 _LITTLE = 64 * 1024
 _SOURCE = re.compile(rf"{STORE_DIR}/[0-9a-z]{{32}}-source")
 _REPAIR = "--repair-path"
+# Nix waits for who holds its database, but not where SQLite says "busy" without having waited, as it does to some of
+# those who open it while the last of the others closes it.
+_BUSY_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
 _LOGGING = ("--log-format", "internal-json", "-v")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,18 @@ class Room:
             return {entry["path"]: entry for entry in found}
         found = found.get("info", found)
         return {path if path.startswith("/") else f"/nix/store/{path}": entry for path, entry in found.items()}
+
+
+def wrap(
+    env: NixEnv, monkeypatch: pytest.MonkeyPatch, script: str, name: str = "nix-store", real: str = "nix-store"
+) -> None:
+    """What our code starts as *name* becomes *script*, in which ``$real`` is the *real* program of Nix."""
+    directory = env.directory / "wrapped"
+    directory.mkdir(exist_ok=True)
+    program = directory / name
+    program.write_text(f"#!/bin/sh\nreal={env.nix.program(real)}\nexport directory={env.directory}\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
 
 
 def write_flake(directory: Path, text: str) -> str:

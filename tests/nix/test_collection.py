@@ -29,7 +29,7 @@ from cknix_csi.nix.substituters import CacheEndpoint
 from cknix_csi.nix.wants import Wants
 from tests.nix.cache_process import cache_process
 from tests.nix.disks import MEBIBYTE, fill, on_small_disk
-from tests.nix.room import Room, processes_of
+from tests.nix.room import Room, processes_of, wrap
 from tests.nixes import NixEnv
 
 EVERYTHING = 1 << 60
@@ -85,16 +85,6 @@ class Shelf:
         check = self.env.run("nix-store", "--verify", "--check-contents")
         assert "error" not in check.stderr
         assert "warning" not in check.stderr
-
-
-def wrap(env: NixEnv, monkeypatch: pytest.MonkeyPatch, script: str, name: str = "nix-store") -> None:
-    """What our code starts as *name* becomes *script*, in which ``$real`` is the real nix-store."""
-    directory = env.directory / "wrapped"
-    directory.mkdir(exist_ok=True)
-    program = directory / name
-    program.write_text(f"#!/bin/sh\nreal={env.nix.program('nix-store')}\nexport directory={env.directory}\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
 
 
 async def free(shelf: Shelf) -> int:

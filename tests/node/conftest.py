@@ -207,6 +207,7 @@ def new_node(whole_scratch: Path, surroundings: Cluster, hatchery: Hatchery) -> 
         node = WholeNode(directory, nixes.nix(suite), surroundings.kubeconfig, hatchery)
         try:
             yield node
+            node.require_responsive()
         finally:
             print(node.log())  # shown when a test fails
             node.destroy()

@@ -1,6 +1,7 @@
 """Starts the daemon without its two seconds of imports: a process that has imported the program forks it on demand.
 
-What runs is ``cknix_csi.cli`` with arguments, environment, mount namespace and end of its own; only imports are shared.
+What runs is ``cknix_csi.cli`` with arguments, environment, mount namespace and end of its own; only imports are shared,
+and each long step of its event loop is noted, beside its log.
 Where the command line itself matters, tests use that.  ``python -m tests.node.hatchery`` is the process.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.api.server import REPOSITORY
+from tests.node import blocking
 
 _MODULES = (
     "cknix_csi.cli",
@@ -143,6 +145,7 @@ def _become_daemon(namespace: str, log: str, environment: dict[str, str]) -> int
     os.close(opened)
     os.environ.clear()
     os.environ.update(environment)
+    blocking.watch(Path(f"{log}.blocking"))
     from cknix_csi.cli import main as cknix_csi
 
     return cknix_csi(["node"])

@@ -41,6 +41,7 @@ from tests.api import rbac
 from tests.api.conftest import connected
 from tests.api.server import DRIVER_NAMESPACE, Server
 from tests.nixes import NixEnv, NixVersion, demo_search_path, remove
+from tests.node import blocking
 from tests.node.hatchery import Hatched, Hatchery
 from tests.node.relay import Relay
 
@@ -382,6 +383,10 @@ class WholeNode:
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")[-6000:] if self._log.exists() else ""
+
+    def require_responsive(self) -> None:
+        """No operation of the daemons of this node has kept all the others waiting."""
+        assert blocking.too_long(Path(f"{self._log}.blocking")) == []
 
     def children(self) -> list[int]:
         """Processes of Nix that a daemon of this node has begun: their home is in its data root."""
