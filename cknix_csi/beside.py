@@ -9,6 +9,7 @@ from typing import Any
 
 from cknix_csi.api.errors import CknixError
 from cknix_csi.kube.backoff import Backoff
+from cknix_csi.repeats import Repeats
 
 Helper = Callable[[], Coroutine[Any, Any, None]]
 """Begins it; called again when it has failed."""
@@ -43,7 +44,7 @@ async def _again_and_again(name: str, helper: Helper, first_pause: float) -> Non
     assert task is not None
     clock = asyncio.get_running_loop().time
     backoff = Backoff(first=first_pause, cap=_LONGEST_SECONDS)
-    said = ""
+    failures = Repeats()
     while True:
         began = clock()
         try:
@@ -61,8 +62,7 @@ async def _again_and_again(name: str, helper: Helper, first_pause: float) -> Non
         if clock() - began > _LONGEST_SECONDS:
             backoff.reset()
         pause = backoff.next()
-        level = logging.DEBUG if why == said else logging.WARNING
-        said = why
+        level = logging.WARNING if failures.failed(name, why).aloud else logging.DEBUG
         _log.log(level, "%s failed, and begins again in %.0f s: %s", name, pause, why)
         await asyncio.sleep(pause)
 

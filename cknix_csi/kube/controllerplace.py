@@ -12,6 +12,7 @@ from cknix_csi.api.errors import CknixError
 from cknix_csi.kube.api import MERGE_PATCH, NOT_FOUND, Api, ApiError, Json, core
 from cknix_csi.kube.cacheconfig import NAME
 from cknix_csi.kube.listwatch import list_and_watch
+from cknix_csi.repeats import Repeats
 
 NODE = "node"
 """Key in the ConfigMap: name of the controller's node."""
@@ -57,14 +58,13 @@ async def follow_controller(
 
     async def tell() -> NoReturn:
         node = await news.get()
-        said = ""
+        failures = Repeats()
         while True:
             try:
                 await moved(node)
-                said = ""
+                failures.over(node)
             except (CknixError, OSError) as error:
-                level = logging.DEBUG if str(error) == said else logging.WARNING
-                said = str(error)
+                level = logging.WARNING if failures.failed(node, str(error)).aloud else logging.DEBUG
                 _log.log(level, "what follows from the controller being on node %s is not done: %s", node, error)
             with suppress(TimeoutError):
                 async with asyncio.timeout(again_seconds):
