@@ -240,11 +240,12 @@ class Reconciliation:
         )
         status = status.with_step(PUBLISHED, "True", "Published", "", self._services.now())
         self._show(replace(status, progress=None), message=_summary(results) + note)
+        # Before the status is written: whoever sees that may change the Expression, and end this.
+        self._tell_success(before, self.status.result)
         self._being_built = {}
         await self._writer.flush()
         # Only now: a status that was read meanwhile never names a result without a root.
         await self._examine()
-        self._tell_success(before, self.status.result)
 
     async def _systems(self, spec: Spec) -> tuple[tuple[str, ...], str]:
         """What to build for, the primary system first, and a note about what is left out."""

@@ -143,6 +143,15 @@ class Expressions:
         found = (await list_all(self.api, core("events", self.namespace))).items
         return {event["reason"]: event for event in found if event["involvedObject"]["name"] == name}
 
+    async def told(self, name: str, *reasons: str) -> dict[str, Json]:
+        """The same, once there are some with all *reasons*."""
+
+        async def are_there() -> bool:
+            return set(reasons) <= set(await self.events(name))
+
+        await eventually(are_there, lambda: self.events(name))
+        return await self.events(name)
+
 
 async def _truth(value: Awaitable[Json], holds: Callable[[Json], Any]) -> bool:
     return bool(holds(await value))
