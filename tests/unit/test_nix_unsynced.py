@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ class Shelf:
         return {path for path in (LIBRARY, PROGRAM, OTHER) if is_valid(self.store, path)}
 
     def noted(self) -> list[Note]:
-        return [Note.parse(file.read_bytes()) for file in sorted(self.notes.glob("*"))]
+        while True:
+            with suppress(FileNotFoundError):  # one is being replaced
+                return [Note.parse(file.read_bytes()) for file in sorted(self.notes.glob("*"))]
 
     def leave(self, *notes: Note) -> None:
         """What processes that are gone have left."""
