@@ -61,18 +61,19 @@ _REFERRERS = """
 
 _MEMBERS = "CREATE TEMP TABLE Members (new integer primary key, old integer unique not null)"
 # Run with a new database as "main", the store's as "node", and the closure's paths as a JSON array, in their order.
+# CROSS JOIN holds SQLite to the order given (sqlite.org/optoverview.html, 7.3): of its own it scans all of the store's.
 _COPY = (
     "INSERT INTO Members SELECT p.key + 1, v.id FROM json_each(?) p CROSS JOIN node.ValidPaths v ON v.path = p.value",
     """
     INSERT INTO main.ValidPaths (id, path, hash, registrationTime, deriver, narSize, ultimate, sigs, ca)
     SELECT m.new, v.path, v.hash, 1, v.deriver, coalesce(v.narSize, 0), nullif(v.ultimate, 0), nullif(v.sigs, ''),
            nullif(v.ca, '')
-    FROM Members m JOIN node.ValidPaths v ON v.id = m.old ORDER BY m.new
+    FROM Members m CROSS JOIN node.ValidPaths v ON v.id = m.old ORDER BY m.new
     """,
     """
     INSERT INTO main.Refs (referrer, reference)
-    SELECT m.new, n.new FROM Members m JOIN node.Refs r ON r.referrer = m.old JOIN Members n ON n.old = r.reference
-    ORDER BY m.new, n.new
+    SELECT m.new, n.new FROM Members m CROSS JOIN node.Refs r ON r.referrer = m.old
+    CROSS JOIN Members n ON n.old = r.reference ORDER BY m.new, n.new
     """,
 )
 

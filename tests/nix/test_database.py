@@ -307,6 +307,35 @@ def test_the_same_closure_gives_the_same_bytes(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "a")) == ["db.sqlite", "schema"], "no journal is left"
 
 
+def test_what_else_is_in_the_store_costs_a_closure_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in instructions of SQLite's virtual machine, which say more than any plan."""
+    steps = 0
+
+    def counting(uri: str) -> sqlite3.Connection:
+        def count() -> int:
+            nonlocal steps
+            steps += 1
+            return 0
+
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+        connection.set_progress_handler(count, 10)
+        return connection
+
+    paths = [StorePath(f"{number:032}", "own") for number in range(30)]
+    own = [info(path, tuple(paths[: number + 1])) for number, path in enumerate(paths)]
+    strangers = [StorePath(f"9{number:031}", "stranger") for number in range(300)]
+    others = [info(path, tuple(strangers[max(0, number - 9) : number + 1])) for number, path in enumerate(strangers)]
+    needed = []
+    for name, infos in (("alone", own), ("among-others", [*others, *own])):
+        store = stored(tmp_path / name, *infos)
+        with monkeypatch.context() as patched:
+            patched.setattr(database, "_connect", counting)
+            steps = 0
+            assert len(written(store, database.query_closure(store, paths[-1]), tmp_path / f"{name}-view")) == 30
+        needed.append(steps)
+    assert needed[1] < 1.2 * needed[0], needed
+
+
 def test_a_closure_that_was_collected_meanwhile_is_not_written(tmp_path: Path) -> None:
     store = stored(tmp_path, info(NOBODY))
     closure = database.query_closure(store, NOBODY)
