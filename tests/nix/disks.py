@@ -131,13 +131,16 @@ class Disk:
 
     def unplug(self) -> None:
         """Unmount it, with all that is mounted in it."""
-        for mountpoint in reversed(self._mountpoints()):
-            for _ in range(_TRIES):
-                if subprocess.run(["umount", mountpoint], capture_output=True, check=False).returncode == 0:
-                    break
-                time.sleep(0.1)  # a thread that nobody waits for any more may still have a file open
-            else:
-                subprocess.run(["umount", mountpoint], check=True)
+        for _ in range(_TRIES):
+            # Threads that nobody waits for any more may have a file open still, or unmount their own.
+            said = [
+                subprocess.run(["umount", mountpoint], capture_output=True, check=False, text=True).stderr
+                for mountpoint in reversed(self._mountpoints())
+            ]
+            if not self._mountpoints():
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"still mounted: {self._mountpoints()}: {said}")
 
     def _mount(self) -> None:
         subprocess.run(["mount", "-o", "loop", str(self._image), str(self.target)], check=True)
