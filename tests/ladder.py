@@ -3,6 +3,10 @@
 Each rung is a pytest process of its own, a long one two, and four run at a time, since much of a test is waiting.  At
 the end it says how many tests ran on each, and what was skipped and why.  With ``CI=true`` a skipped test, and a rung
 without tests, is a failure.
+
+Where the processors are shared, a deadline may pass because nobody got one.  So a test that failed is run once more
+with nothing beside it: one that fails again has failed, one that passes is named at the end, to be mended.  When more
+than a few fail, or a process ends as it should not, none is run again.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 RUNGS = ("unit", "kernel", "nix", "node", "api", "cluster")
@@ -33,6 +37,8 @@ LONGEST_FIRST = ("nix", "cluster", "api", "node", "kernel", "unit")
 """So that those that wait run beside those that compute, and none is left alone at the end."""
 MEMORY_NEEDED = 6 << 30
 _LOOK_SECONDS = 0.2
+_FEW = 3
+"""So many failures may be the machine's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +48,22 @@ class Part:
     rung: str
     number: int = 0
     count: int = 1
+    again: tuple[str, ...] = ()
+    """Tests that failed and are run alone, instead of a share."""
 
     def __str__(self) -> str:
+        if self.again:
+            return f"{self.rung}, again and alone: {', '.join(self.again)}"
         return self.rung if self.count == 1 else f"{self.rung}, {self.number + 1} of {self.count}"
 
     @property
     def slug(self) -> str:
-        return f"{self.rung}-{self.number}"
+        return f"{self.rung}-again" if self.again else f"{self.rung}-{self.number}"
 
     def paths(self) -> list[str]:
         """What pytest is to run; shares of about the same size."""
+        if self.again:
+            return [f"{module.replace('.', '/')}.py::{test}" for module, _, test in map(_split, self.again)]
         if self.count == 1:
             return [str(TESTS / self.rung)]
         files = sorted((TESTS / self.rung).glob("**/test_*.py"), key=lambda file: (-file.stat().st_size, file))
@@ -66,6 +78,10 @@ class Result:
     failed: int
     skipped: tuple[str, ...]
     """Name and reason of each skipped test."""
+    failures: tuple[str, ...] = ()
+    """Names of the tests that failed; none when something else did as well."""
+    only_alone: tuple[str, ...] = ()
+    """Names of those that have passed since."""
 
 
 def main(wanted: Sequence[str]) -> int:
@@ -78,6 +94,8 @@ def main(wanted: Sequence[str]) -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cknix-ladder-") as directory:
         results, prepared = _climb_all(rungs, Path(directory), _prepare(rungs))
+        if len(rungs) > 1:
+            results = _again(results, Path(directory))
     code = _report(results, time.monotonic() - started, strict)
     if not prepared:
         print("what the other rungs need could not be built; see above", file=sys.stderr)
@@ -115,6 +133,31 @@ def _climb_all(
     return [results[rung] for rung in rungs if rung in results], prepared
 
 
+def _again(results: Sequence[Result], directory: Path) -> list[Result]:
+    """*results*, after what failed in them has been run alone, if that is few."""
+    if not 0 < sum(result.failed for result in results) <= _FEW:
+        return list(results)
+    return [_climb_again(result, directory) if result.failures else result for result in results]
+
+
+def _climb_again(result: Result, directory: Path) -> Result:
+    alone = _climb(Part(result.rung, again=result.failures), directory, alone=True)
+    if alone.failed or alone.passed != result.failed:
+        return result
+    return replace(
+        result,
+        seconds=result.seconds + alone.seconds,
+        passed=result.passed + alone.passed,
+        failed=0,
+        failures=(),
+        only_alone=result.failures,
+    )
+
+
+def _split(test: str) -> tuple[str, str, str]:
+    return test.partition("::")
+
+
 def _parts(rung: str, *, alone: bool) -> list[Part]:
     """Of a rung that is *alone* what it prints is shown as it comes, so it stays whole."""
     files = list((TESTS / rung).glob("**/test_*.py"))
@@ -130,7 +173,12 @@ def _together(one: Result, other: Result) -> Result:
         one.passed + other.passed,
         one.failed + other.failed,
         one.skipped + other.skipped,
+        one.failures + other.failures if _all_named(one) and _all_named(other) else (),
     )
+
+
+def _all_named(result: Result) -> bool:
+    return len(result.failures) == result.failed
 
 
 def _prepare(rungs: Sequence[str]) -> subprocess.Popen[bytes] | None:
@@ -180,12 +228,12 @@ def _climb(part: Part, directory: Path, *, alone: bool) -> Result:
     seconds = time.monotonic() - started
     outcomes = _outcomes(report) if report.exists() else {}
     skipped = tuple(f"{name}: {reason}" for name, (outcome, reason) in outcomes.items() if outcome == "skipped")
-    failed = sum(outcome == "failed" for outcome, _ in outcomes.values())
-    passed = len(outcomes) - failed - len(skipped)
+    failures = tuple(name for name, (outcome, _) in outcomes.items() if outcome == "failed")
+    passed, failed = len(outcomes) - len(failures) - len(skipped), len(failures)
     # Any other end than "passed", "some failed" and "none collected" is a failure of its own.
     if code not in {0, 5}:
         failed = max(failed, 1)
-    return Result(rung, seconds, passed, failed, skipped)
+    return Result(rung, seconds, passed, failed, skipped, failures if code == 1 else ())
 
 
 def _has_memory() -> bool:
@@ -220,6 +268,9 @@ def _report(results: Sequence[Result], seconds: float, strict: bool) -> int:
     for result in results:
         for reason in result.skipped:
             print(f"SKIPPED on {result.rung}: {reason}")
+    for result in results:
+        for name in result.only_alone:
+            print(f"PASSED ONLY ALONE on {result.rung}: {name}: see above how it failed beside others")
     empty = [result.rung for result in results if not result.passed]
     for rung in empty:
         print(f"NOTHING RAN on {rung}")

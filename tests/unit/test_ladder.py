@@ -35,6 +35,12 @@ def test_sees_the_other_rung():
     print({mine!r})
 """
 BROKEN = "import nowhere_to_be_found\n"
+UNSTEADY = """
+import pathlib
+def test_unsteady():
+    seen = pathlib.Path("seen")
+    assert seen.exists() or seen.touch()
+"""
 CRASH = "import os\ndef test_crashes(): os._exit(3)\n"
 
 
@@ -160,3 +166,34 @@ def test_two_rungs_run_at_once_and_what_they_print_is_not_mixed(ladder: Ladder) 
     for rung in ("unit", "kernel"):
         (shown,) = re.findall(f"━━━ {rung}, at its end\n(.*?)(?=\n━━━|\nrung )", ran.stdout, re.DOTALL)
         assert re.findall(r"FAILED tests/(\w+)/", shown) == [rung]
+
+
+def test_what_fails_beside_others_and_passes_alone_is_named_and_no_failure(ladder: Ladder) -> None:
+    ladder.rung("unit", PASS)
+    ladder.rung("kernel", PASS, UNSTEADY, PASS)
+    ran = ladder.climb("unit", "kernel", ci=True)
+    assert (ran.returncode, ran.stdout.splitlines()[-1]) == (0, "4 passed, 0 failed, 0 skipped")
+    assert "PASSED ONLY ALONE on kernel: tests.kernel.test_kernel_1::test_unsteady" in ran.stdout
+    assert "assert (False or None)" in ran.stdout, "how it failed is shown"
+
+
+def test_what_fails_again_has_failed(ladder: Ladder) -> None:
+    ladder.rung("unit", FAIL)
+    ladder.rung("kernel", UNSTEADY)
+    ran = ladder.climb("unit", "kernel")
+    assert (ran.returncode, ran.stdout.splitlines()[-1]) == (1, "1 passed, 1 failed, 0 skipped")
+    assert "━━━ unit, again and alone: tests.unit.test_unit_0::test_fails" in ran.stdout
+
+
+@pytest.mark.parametrize("texts", [(FAIL, FAIL, FAIL, UNSTEADY), (UNSTEADY, CRASH), (UNSTEADY, BROKEN)])
+def test_where_many_fail_or_something_else_does_nothing_is_run_again(ladder: Ladder, texts: tuple[str, ...]) -> None:
+    ladder.rung("unit", *texts)
+    ladder.rung("kernel", PASS)
+    ran = ladder.climb("unit", "kernel")
+    assert ran.returncode == 1
+    assert "PASSED ONLY ALONE" not in ran.stdout
+
+
+def test_a_rung_by_itself_has_nothing_beside_it(ladder: Ladder) -> None:
+    ladder.rung("unit", UNSTEADY)
+    assert ladder.climb("unit").returncode == 1
