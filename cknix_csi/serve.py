@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cknix_csi import __version__, logs
+from cknix_csi.api.storepath import StorePath
 from cknix_csi.beside import Helper, beside
 from cknix_csi.nix.closures import StoreClosures
 from cknix_csi.nix.collection import Collector
@@ -173,7 +174,11 @@ async def _node(settings: NodeSettings, stop: asyncio.Event) -> None:
     data_root.mkdir(parents=True, exist_ok=True)
     _close_to_others(data_root / "state")
     nix = nix_of(settings.nix)
-    keep_warm = Warm(settings.keep_warm, settings.keep_warm_seconds)
+
+    def wanted(closure_id: str) -> bool:
+        return watch.wants(StorePath.from_basename(closure_id))  # made below, before there are volumes
+
+    keep_warm = Warm(settings.keep_warm, settings.keep_warm_seconds, wanted)
     closures = StoreClosures(nix.store)
     volumes = Volumes(data_root, closures, keep_warm=keep_warm)
     ledger = Ledger(data_root / FILE)

@@ -124,7 +124,7 @@ def node_settings(environment: Mapping[str, str]) -> NodeSettings:
         rpc_budget=read("CKNIX_RPC_BUDGET", _rpc_budget, 100.0),
         sizes=_sizes(read),
         store_paths=StorePaths(read("CKNIX_STORE_PATHS", _choice(_STORE_PATHS), StorePaths.ALLOW.value)),
-        keep_warm=read("CKNIX_KEEP_WARM", _count, 0),
+        keep_warm=read("CKNIX_KEEP_WARM", _count, 16),
         keep_warm_seconds=read("CKNIX_KEEP_WARM_TIME", _seconds, 600.0),
         abandoned_seconds=read("CKNIX_ABANDONED_STORE_TIME", _seconds_or_none, 604_800.0),
         watermarks=_watermarks(read),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import NoReturn
 
 from cknix_csi.api.errors import CknixError, NotFound
@@ -26,6 +27,8 @@ class ExpressionWatch:
     def __init__(self, api: Api) -> None:
         self._api = api
         self._known: dict[_Key, Observed] = {}
+        self._results: dict[StorePath, int] = {}
+        """Of how many Expressions and systems each is a result."""
         self._complete = False
         self._changed = asyncio.Condition()
         self._news = asyncio.Event()
@@ -85,6 +88,10 @@ class ExpressionWatch:
             path in observed.results.values() for observed in self._known.values() if observed.namespace == namespace
         )
 
+    def wants(self, path: StorePath) -> bool:
+        """Whether *path* is now a result of any Expression that the watch has shown; may be called in any thread."""
+        return self._results.get(path, 0) > 0
+
     async def _wait(self, key: _Key, known: Observed | None, *, limit: float | None) -> None:
         async with self._changed:
             try:
@@ -125,17 +132,28 @@ class ExpressionWatch:
     def _listed(self, items: list[Json]) -> None:
         found = [Observed.parse(item) for item in items]
         self._known = {(item.namespace, item.name): item for item in found}
+        self._results = Counter(path for item in found for path in item.results.values())
         self._complete = True
         self._news.set()
 
     def _one_changed(self, kind: str, body: Json) -> None:
         observed = Observed.parse(body)
         key = (observed.namespace, observed.name)
+        before = self._known.get(key)
         if kind != "DELETED":
             self._known[key] = observed
-        elif self._known.get(key, observed).uid == observed.uid:
-            self._known.pop(key, None)
+            self._count(observed, 1)
+            self._count(before, -1)
+        elif before is not None and before.uid == observed.uid:
+            del self._known[key]
+            self._count(before, -1)
         self._news.set()
+
+    def _count(self, observed: Observed | None, change: int) -> None:
+        for path in () if observed is None else observed.results.values():
+            self._results[path] = self._results.get(path, 0) + change
+            if not self._results[path]:
+                del self._results[path]
 
 
 def _trimmed(body: Json) -> Json:

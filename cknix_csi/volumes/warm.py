@@ -1,9 +1,10 @@
 """Views and farms that have lost their last user: dropped at once, or kept for a while in case a user comes again.
 
-A pod that is replaced again and again would have its view built each time.  A kept ("warm") one keeps its GC root too,
-but nothing in the kernel: its overlay is unmounted, since mounting it again takes 50 µs while a mounted one holds the
-inodes of all that its pods have looked at, and since what is mounted must mean what is used.  Which views are warm is
-known to this process alone.  The next one drops them at start: a power cut may have come between.
+A pod that is replaced again and again would have its view built each time. Kept is what somebody outside still wants,
+as an Expression wants its results, and only until nobody does any more. A kept ("warm") view keeps its GC root too, but
+nothing in the kernel: its overlay is unmounted, since mounting it again takes 50 µs while a mounted one holds the
+inodes of all that its pods have looked at, and since what is mounted must mean what is used. Which views are warm is
+known to this process alone. The next one drops them at start: a power cut may have come between.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import enum
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from cknix_csi.api.errors import CknixError, Conflict
@@ -28,6 +29,13 @@ from cknix_csi.volumes.view import closure_key
 
 log = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 1.0
+"""Between two looks at whether what is warm is still wanted."""
+
+
+def _anything(_: str) -> bool:
+    return True
+
 
 @dataclass(frozen=True, slots=True)
 class Warm:
@@ -35,6 +43,8 @@ class Warm:
 
     count: int = 16
     seconds: float = 600.0
+    wanted: Callable[[str], bool] = _anything
+    """Whether a closure, by its id, may be kept; asked again and again, in any thread."""
 
 
 COLD = Warm(count=0, seconds=0.0)
@@ -105,7 +115,8 @@ class UnusedTrees:
         """
         table = self._mounts.table() if table is None else table
         used = any(trees.in_use(closure_id, table) for trees in self._trees)
-        if not used and keep and self._keep.count and any(trees.exists(closure_id) for trees in self._trees):
+        keep = keep and self._keep.count > 0 and self._keep.wanted(closure_id)
+        if not used and keep and any(trees.exists(closure_id) for trees in self._trees):
             for trees in self._trees:
                 self._mounts.unmount(trees.mountpoint(closure_id))
                 trees.distrust(closure_id)
@@ -193,7 +204,13 @@ class UnusedTrees:
     async def _expire(self) -> None:
         clock = asyncio.get_running_loop().time
         while self._warm:
-            await asyncio.sleep(max(0.0, min(self._warm.values()) - clock()))
-            for closure_id in [closure_id for closure_id, until in self._warm.items() if until <= clock()]:
+            await asyncio.sleep(max(0.0, min(_LOOK_SECONDS, min(self._warm.values()) - clock())))
+            ended = [
+                closure_id
+                for closure_id, until in self._warm.items()
+                if until <= clock() or not self._keep.wanted(closure_id)
+            ]
+            for closure_id in ended:
                 await self._drop(closure_id)
-            self._trash.empty()
+            if ended:
+                self._trash.empty()

@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from cknix_csi.api.errors import CknixError, NotFound
 from cknix_csi.api.situations import Code
+from cknix_csi.api.storepath import StorePath
 from cknix_csi.kube import cacheconfig
 from cknix_csi.kube.api import MERGE_PATCH, core, expressions
 from cknix_csi.kube.cacheconfig import CacheConfig
@@ -82,6 +83,29 @@ async def test_a_deletion_wakes_who_waits(expr: Expressions, watch: ExpressionWa
     with pytest.raises(NotFound):
         async with asyncio.timeout(20):
             await waiting
+
+
+async def test_a_path_is_wanted_as_long_as_any_expression_has_it_for_a_result(
+    expr: Expressions, watch: ExpressionWatch
+) -> None:
+    one, two = store_path("wanted-one"), store_path("wanted-two")
+
+    async def are(*wanted: StorePath) -> None:
+        async def seen() -> bool:
+            return [path for path in (one, two) if watch.wants(path)] == list(wanted)
+
+        await eventually(seen)
+
+    for name in ("a", "b"):
+        await expr.create(name, "1")
+        await set_result(expr, name, str(one))
+    await are(one)
+    await set_result(expr, "a", str(two))
+    await are(one, two)
+    expr.delete("b")
+    await are(two)
+    expr.delete("a")
+    await are()
 
 
 async def test_a_known_expression_is_told_from_memory_while_the_api_server_is_away(

@@ -72,7 +72,8 @@ def test_a_removal_as_documented_ends_leaves_nothing_and_can_be_followed_by_an_i
 
     # First what the controller has to release, while it lives; then the rest.
     cluster.kubectl("delete", "-f", str(CRD), "--timeout=50s")
-    assert roots(cluster) == []
+    # The nodes hear of it, and drop the views that they have kept, within a second or two.
+    cluster.wait("no root is left", lambda: not roots(cluster), timeout=15)
     cluster.kubectl("delete", "--ignore-not-found", "-f", str(driver.MANIFESTS), "--timeout=100s", timeout=110)
 
     for node in cluster.nodes:

@@ -100,6 +100,27 @@ async def test_a_view_goes_when_its_time_is_up_and_a_user_in_between_starts_the_
     assert await node.left() == []
 
 
+async def test_only_what_is_wanted_stays_and_no_longer_than_that(node: Node) -> None:
+    wanted = {node.small.basename}
+    await node.restart(keep_warm=Warm(wanted=wanted.__contains__))
+    for root in (node.small, node.shapes):
+        await node.publish(root)
+        await node.unpublish()
+    assert views(node) == node.store.roots() == {node.small.basename}
+    target = await node.publish(node.small)
+    wanted.clear()
+    await asyncio.sleep(1.5)
+    require_shows(target, node.store, [node.small])
+    wanted.add(node.small.basename)
+    await node.unpublish()
+    assert views(node) == {node.small.basename}
+    wanted.clear()
+    async with asyncio.timeout(10):
+        while views(node):
+            await asyncio.sleep(0.02)
+    assert await node.left() == []
+
+
 async def test_reconciling_leaves_warm_views_and_drops_one_whose_gc_root_was_removed(node: Node) -> None:
     await node.restart(keep_warm=Warm())
     for root in (node.small, node.shapes):

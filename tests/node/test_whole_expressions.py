@@ -77,6 +77,28 @@ async def test_a_result_that_the_cache_has_lost_is_mounted_where_it_is_and_elsew
     require_exactly(target, source, source.hello)
 
 
+async def test_the_view_of_a_result_is_kept_for_the_next_pod_as_long_as_an_expression_has_it(
+    whole: WholeNode, cluster: Cluster, source: Source
+) -> None:
+    await cluster.apply("kept")
+    await cluster.report("kept", "Succeeded", x86_64_linux=source.hello)
+    await whole.start(CKNIX_KEEP_WARM="16")
+    view = whole.namespace.see(whole.data / "views" / Path(source.hello).name)
+    found = []
+    for _ in range(3):
+        require_exactly(await whole.publish(expression="kept"), source, source.hello)
+        found.append(view.stat().st_ino)
+        await whole.unpublish()
+        assert whole.namespace.mounts(whole.directory) == []
+    assert len(set(found)) == 1, "it was not built again"
+    await cluster.delete("kept")
+    await whole.left_nothing()
+    # What nobody calls a result is not kept at all.
+    await whole.publish(storePath=source.hello)
+    await whole.unpublish()
+    assert not view.exists()
+
+
 async def test_an_expression_without_a_result_says_why(whole: WholeNode, cluster: Cluster, source: Source) -> None:
     for name in ("broken", "foreign"):
         await cluster.apply(name)

@@ -51,7 +51,7 @@ def test_a_node_needs_no_settings() -> None:
         rpc_budget=100.0,
         sizes=SizePolicy(default=None, maximum=None),
         store_paths=StorePaths.ALLOW,
-        keep_warm=0,
+        keep_warm=16,
         keep_warm_seconds=600.0,
         abandoned_seconds=604_800.0,
         watermarks=Watermarks(Watermark(percent=15.0), Watermark(percent=20.0)),

@@ -85,8 +85,10 @@ def killed_during_a_view_build(stage: Stage) -> None:
     stage.started(warm, timeout=150)
     caught = 0
     for _ in range(ATTEMPTS):
-        # The last pod takes the view away, so that the next one finds the closure and no view.
+        # A daemon that begins drops views without pods, so that the next one finds the closure and no view.
         stage.delete(warm)
+        stage.kill(kept := stage.daemon())
+        stage.successor(stage.daemon, kept)
         stage.cluster.wait("its view is gone", lambda: len(list(views.iterdir())) == 1)  # that of the bystanders
         killed = stage.daemon()
         warm = stage.new(expression)
