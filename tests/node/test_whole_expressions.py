@@ -80,6 +80,7 @@ async def test_a_result_that_the_cache_has_lost_is_mounted_where_it_is_and_elsew
 async def test_the_view_of_a_result_is_kept_for_the_next_pod_as_long_as_an_expression_has_it(
     whole: WholeNode, cluster: Cluster, source: Source
 ) -> None:
+    await cluster.delete_all()
     await cluster.apply("kept")
     await cluster.report("kept", "Succeeded", x86_64_linux=source.hello)
     await whole.start(CKNIX_KEEP_WARM="16")

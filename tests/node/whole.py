@@ -214,6 +214,10 @@ class Cluster:
         """What a user does: delete the Expression, which nothing keeps."""
         await asyncio.to_thread(self.server.kubectl, "delete", "expr", name, "-n", POD_NAMESPACE)
 
+    async def delete_all(self) -> None:
+        """The same of every Expression, also those that other tests have left."""
+        await asyncio.to_thread(self.server.kubectl, "delete", "expr", "--all", "-n", POD_NAMESPACE)
+
     async def report(self, name: str, phase: str, *, message: str = "", **results: str) -> None:
         """What the controller does: write the status of the newest generation; *results* by system, ``_`` for ``-``."""
         async with connected(self.server.kubeconfig("admin")) as api:
