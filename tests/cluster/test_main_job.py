@@ -24,7 +24,8 @@ def test_the_examples_of_the_readme_work_and_leave_nothing(installed: Cluster) -
     assert driver.in_pod(cluster, "ubuntu", "hello").startswith(f"Hello from {path}")
 
     cluster.apply(driver.EXAMPLES / "pv.yaml")
-    assert driver.printed(cluster, "hello-pv").startswith(f"Hello from {path}")
+    # A scheduler that saw the claim before its volume takes its time to look again.
+    assert driver.printed(cluster, "hello-pv", timeout=150).startswith(f"Hello from {path}")
 
     for example in ("pv.yaml", "ubuntu.yaml", "pod.yaml", "expression.yaml"):
         cluster.delete(driver.EXAMPLES / example)
