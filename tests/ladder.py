@@ -63,7 +63,10 @@ class Part:
     def paths(self) -> list[str]:
         """What pytest is to run; shares of about the same size."""
         if self.again:
-            return [f"{module.replace('.', '/')}.py::{test}" for module, _, test in map(_split, self.again)]
+            return [
+                f"{module.replace('.', '/')}.py::{test}"
+                for module, _, test in (name.partition("::") for name in self.again)
+            ]
         if self.count == 1:
             return [str(TESTS / self.rung)]
         files = sorted((TESTS / self.rung).glob("**/test_*.py"), key=lambda file: (-file.stat().st_size, file))
@@ -152,10 +155,6 @@ def _climb_again(result: Result, directory: Path) -> Result:
         failures=(),
         only_alone=result.failures,
     )
-
-
-def _split(test: str) -> tuple[str, str, str]:
-    return test.partition("::")
 
 
 def _parts(rung: str, *, alone: bool) -> list[Part]:

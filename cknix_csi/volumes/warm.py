@@ -1,10 +1,10 @@
 """Views and farms that have lost their last user: dropped at once, or kept for a while in case a user comes again.
 
-A pod that is replaced again and again would have its view built each time. Kept is what somebody outside still wants,
-as an Expression wants its results, and only until nobody does any more. A kept ("warm") view keeps its GC root too, but
-nothing in the kernel: its overlay is unmounted, since mounting it again takes 50 µs while a mounted one holds the
-inodes of all that its pods have looked at, and since what is mounted must mean what is used. Which views are warm is
-known to this process alone. The next one drops them at start: a power cut may have come between.
+A pod that is replaced again and again would have its view built each time.  Kept is what somebody outside still wants,
+as an Expression wants its results, and only until nobody does any more.  A kept ("warm") view keeps its GC root too,
+but nothing in the kernel: its overlay is unmounted, since mounting it again takes 50 µs while a mounted one holds the
+inodes of all that its pods have looked at, and since what is mounted must mean what is used.  Which views are warm is
+known to this process alone.  The next one drops them at start: a power cut may have come between.
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ def watch(file: Path) -> None:
     notes = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     statistics = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
     loops_thread, spawning = threading.get_ident(), 0
-    run: Any = asyncio.Handle._run
-    spawn: Any = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+    handles: Any = asyncio.Handle
+    processes: Any = subprocess.Popen
+    run, spawn = handles._run, processes._execute_child
 
     def uncounted() -> int:
         return int(os.pread(statistics, 100, 0).split()[1]) + spawning
@@ -47,8 +48,7 @@ def watch(file: Path) -> None:
         if seconds > _WORTH_NOTING:
             os.write(notes, f"{seconds:.3f} {_whose(handle)}\n".encode())
 
-    for owner, name, timed in ((subprocess.Popen, "_execute_child", timed_spawn), (asyncio.Handle, "_run", timed_run)):
-        setattr(owner, name, timed)
+    handles._run, processes._execute_child = timed_run, timed_spawn
 
 
 def too_long(file: Path) -> list[str]:
@@ -59,8 +59,7 @@ def too_long(file: Path) -> list[str]:
 
 def _whose(handle: asyncio.Handle) -> str:
     """The task of a step, and where that waits now."""
-    task = getattr(handle, "_callback", None)
-    task = getattr(task, "__self__", None)
+    task = getattr(getattr(handle, "_callback", None), "__self__", None)
     if not isinstance(task, asyncio.Task):
         return repr(handle)
     places: list[str] = []

@@ -6,13 +6,12 @@ import asyncio
 import os
 
 from tests.nixes import demo_search_path
+from tests.node.test_whole_collection import EVERYTHING
 from tests.node.test_whole_stats import VOLUMES, figures, stats
 from tests.node.whole import REPOSITORY, WholeNode
 
 PATHS = 2443
 MORE = 30
-EVERYTHING = {"CKNIX_GC_LOW": "98%", "CKNIX_GC_HIGH": "99%"}
-"""Whatever can go goes: no disk is ever so empty."""
 
 
 async def test_every_operation_with_thousands_of_paths(whole: WholeNode) -> None:

@@ -325,8 +325,8 @@ class WholeNode:
             "CKNIX_DATA_ROOT": str(self.data),
             "CKNIX_KUBELET_ROOT": str(self.kubelet),
             "CKNIX_RPC_BUDGET": f"{LIMIT}",
-            "CKNIX_KEEP_WARM": "0",  # nor on what was used before
             "CKNIX_GC_LOW": "0",  # what a test sees must not depend on how full this machine's disk is
+            "CKNIX_KEEP_WARM": "0",  # nor on what was used before
             "CKNIX_METRICS_LISTEN": "off",  # nodes share this machine's ports
             **settings,
         }
