@@ -319,14 +319,15 @@ class Nix:
             await asyncio.to_thread(self.store.prepare)
             if directory is not None:
                 await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True, exist_ok=True)
-            for pause in _BUSY_PAUSES:
+            for pause in (*_BUSY_PAUSES, None):
                 completed = await process.run(
                     argv, env=self._environment(), deadline=ends - clock(), on_line=log.feed, cwd=directory
                 )
                 if completed.code == 0 or not (said := busy_database(log.errors)):
                     return completed
-                log.forget_messages()
-                await asyncio.sleep(pause)
+                if pause is not None:
+                    log.forget_messages()
+                    await asyncio.sleep(pause)
             raise DatabaseUnreadable(f"{said}, again and again; it is tried again")
         except FileNotFoundError as error:
             raise CknixError(f"{error.filename} was not found; is Nix on PATH?", Situation.NIX_NOT_FOUND) from None
@@ -374,7 +375,7 @@ _SOURCE = re.compile(rf"{STORE_DIR}/[0-9a-z]{{32}}-source")
 _REPAIR = "--repair-path"
 # Nix waits for who holds its database, but not where SQLite says "busy" without having waited, as it does to some of
 # those who open it while the last of the others closes it.
-_BUSY_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
+_BUSY_PAUSES = (0.1, 0.2, 0.5, 1.0)
 _LOGGING = ("--log-format", "internal-json", "-v")
 
 

@@ -113,6 +113,17 @@ class VolumeUsage:
         What cannot be measured is a problem of the volume, and told as nothing.  Raises NotFound when no volume is
         there, or another; MountTableUnreadable, VolumeFailed.
         """
+        measured = await self._measure(volume_id, target)
+        if measured.problem is None:
+            return measured
+        # Once more: it may have been unpublished and published anew meanwhile, by a mount of the same number.
+        return await self._measure(volume_id, target)
+
+    async def close(self) -> None:
+        """End what goes on in the background."""
+        await self._sizes.close()
+
+    async def _measure(self, volume_id: str, target: Path) -> Measured:
         found = await asyncio.to_thread(self._find, volume_id, target)
         problem = found.problem
         if problem is None and found.shown is not None:
@@ -124,10 +135,6 @@ class VolumeUsage:
         if problem is not None and found.mount is not None:
             await asyncio.to_thread(self._require_still, found.path, found.mount)
         return Measured(*amounts, problem)
-
-    async def close(self) -> None:
-        """End what goes on in the background."""
-        await self._sizes.close()
 
     def _find(self, volume_id: str, target: Path) -> _Found:
         try:

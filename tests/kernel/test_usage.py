@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cknix_csi.api.limits import Limit, Medium
 from cknix_csi.api.presentation import Presentation
 from cknix_csi.volumes import sized
 from cknix_csi.volumes.treesize import TreeSize, TreeSizes
-from cknix_csi.volumes.usage import NOTHING, Amount, Measured
+from cknix_csi.volumes.usage import NOTHING, Amount, Measured, VolumeUsage
 from cknix_csi.volumes.volumes import Volumes
 from tests.kernel.kinds import KINDS, WRITABLE
 from tests.kernel.node import Node, run
@@ -290,6 +291,31 @@ async def test_volumes_that_come_and_go_are_never_said_to_be_unwell(node: Node, 
     gone.set()
     await asyncio.gather(*watching)
     assert {each.problem for each in found} == {None}
+
+
+async def test_a_volume_that_is_published_anew_while_it_is_measured_is_well(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = KINDS["writable view in memory"]
+    await node.publish(node.small, **kind)
+    measured = VolumeUsage._amounts
+    gone: list[Any] = []
+
+    async def amounts(self: VolumeUsage, found: Any) -> Any:
+        if gone:
+            return await measured(self, found)
+        gone.append(found)
+        await node.unpublish()
+        try:
+            return await measured(self, found)
+        finally:
+            await node.publish(node.small, **kind)
+
+    monkeypatch.setattr(VolumeUsage, "_amounts", amounts)
+    with suppress(NotFound):  # where its new mount has got another number
+        assert (await measure(node)).problem is None
+    assert gone
+    assert (await measure(node)).problem is None
 
 
 async def test_what_costs_something_is_said_again_for_a_minute(node: Node) -> None:

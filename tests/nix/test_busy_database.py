@@ -25,7 +25,7 @@ exit 1"""
 @pytest.fixture
 def room(nix: NixVersion, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Room]:
     env = NixEnv(nix, tmp_path_factory.mktemp("busy"))
-    monkeypatch.setattr(nix_module, "_BUSY_PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(nix_module, "_BUSY_PAUSES", (0.01, 0.01))
     yield Room(env, monkeypatch)
     env.destroy()
 
