@@ -24,11 +24,26 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+_DISK = """
+mount -t tmpfs -o mode=755 tmpfs "$1"
+truncate --size 64G "$1/image"
+mkfs.ext4 -q -F "$1/image"
+mount -t ext4 -o loop,noatime,noinit_itable "$1/image" "$1"
+export TMPDIR="$1"
+"""
+"""A disk's file system, since an overlay cannot have a tmpfs below for everything; with the journal that nodes have."""
+
 RUNGS = ("unit", "kernel", "nix", "node", "api", "cluster")
 NEED_NIXES = {"nix", "node"}
 NEED_COMPONENTS = {"node", "api", "cluster"}
 NEED_PREPARATION = NEED_NIXES | NEED_COMPONENTS
-FAST_IN_MEMORY = {"nix"}
+IN_MEMORY = {
+    # A place where Nix and its sandbox hide nothing, unlike /dev/shm.
+    "nix": 'mount -t tmpfs -o mode=755 tmpfs "$1"',
+    "kernel": _DISK,
+    "node": _DISK,
+}
+"""How to mount what is faster than the machine's disk, where there is memory for it; it goes with its namespace."""
 TESTS = Path(__file__).parent
 AT_ONCE = 4
 HALVED = {"kernel", "node"}
@@ -95,7 +110,8 @@ def main(wanted: Sequence[str]) -> int:
     rungs = [rung for rung in RUNGS if not wanted or rung in wanted]
     strict = os.environ.get("CI") == "true"
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="cknix-ladder-") as directory:
+    with tempfile.TemporaryDirectory(prefix="cknix-") as directory:
+        Path(directory).chmod(0o755)  # some tests are others than root
         results, prepared = _climb_all(rungs, Path(directory), _prepare(rungs))
         if len(rungs) > 1:
             results = _again(results, Path(directory))
@@ -211,12 +227,13 @@ def _climb(part: Part, directory: Path, *, alone: bool) -> Result:
         "no:cacheprovider",
     ]
     with ExitStack() as kept:
-        if rung in FAST_IN_MEMORY and _has_memory():
-            # A place where Nix and its sandbox hide nothing, unlike /dev/shm; it goes with its mount namespace.
-            memory = directory / f"memory-{part.slug}"
+        if rung in IN_MEMORY and _has_memory():
+            # A short name: sockets are below it.
+            memory = directory / part.slug
             memory.mkdir()
-            mount = f'mount -t tmpfs -o mode=755 tmpfs {memory} && exec "$@"'
-            command = ["unshare", "--mount", "sh", "-ec", mount, "sh", *command, f"--basetemp={memory}/tests"]
+            script = f'{IN_MEMORY[rung]}\nshift\nexec "$@"'
+            command = ["unshare", "--mount", "sh", "-ec", script, "sh", str(memory), *command]
+            command += [f"--basetemp={memory}/tests"]
         output = None if alone else kept.enter_context((directory / f"{part.slug}.out").open("w+b"))
         code = subprocess.run(
             command, cwd=TESTS.parent, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False

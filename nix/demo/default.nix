@@ -58,9 +58,7 @@ let
         $busybox mkdir -p $out/bin
         $busybox cp ${binary} $out/bin/busybox
         $busybox chmod 0555 $out/bin/busybox
-        for applet in $($busybox --list); do
-          [ "$applet" = busybox ] || $busybox ln -s busybox "$out/bin/$applet"
-        done
+        $out/bin/busybox --install -s $out/bin
       ''
     ];
   };
@@ -160,9 +158,7 @@ rec {
   # One bin/ for a pod's PATH: the applets and hello, as links into their own store paths.
   toolbox = build "toolbox" { } ''
     mkdir -p $out/bin
-    for program in ${tools}/bin/* ${hello}/bin/*; do
-      ln -s $program $out/bin/
-    done
+    ln -s ${tools}/bin/* ${hello}/bin/* $out/bin/
   '';
 
   # Something that keeps running: `serve [port]` answers HTTP requests with the files of webroot.

@@ -18,7 +18,7 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.cluster.harness.components import KUBERNETES
+from tests.cluster.harness.components import GO_SETTINGS, KUBERNETES
 
 REPOSITORY = Path(__file__).parents[2]
 DRIVER_NAMESPACE = "cknix-system"
@@ -144,7 +144,7 @@ class Server:
             text=True,
             timeout=60,
             check=False,
-            env={"HOME": str(self._directory), "PATH": os.environ["PATH"]},
+            env=self._environment(),
         )
         if done.returncode != 0:
             raise AssertionError(f"kubectl {' '.join(arguments)}: {done.stderr}")
@@ -169,9 +169,12 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={"HOME": str(self._directory), "PATH": os.environ["PATH"]},
+                env=self._environment(),
                 start_new_session=True,
             )
+
+    def _environment(self) -> dict[str, str]:
+        return {"HOME": str(self._directory), "PATH": os.environ["PATH"], **GO_SETTINGS}
 
     def _require_running(self, name: str) -> None:
         code = self._processes[name].poll()

@@ -6,8 +6,11 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 from tests.cluster.harness import Cluster, WaitTimeout
+from tests.cluster.harness.command import CommandFailed
 from tests.cluster.harness.node import Node
 from tests.cluster.image.build import PROJECT
 
@@ -15,6 +18,7 @@ MANIFESTS = PROJECT / "yaml"
 EXAMPLES = MANIFESTS / "test"
 SYSTEM = "cknix-system"
 IMAGE = "busybox:1.37"
+EXPRESSIONS = "/apis/cknix.cool/v1/namespaces/default/expressions"
 NODE_STORE = "local?root=/var/lib/cknix"
 ABANDONED = ".abandoned"
 """In the data root of a controller that has moved to another node."""
@@ -114,14 +118,20 @@ spec:{placed}{users}
 """
 
 
+def status(cluster: Cluster, name: str) -> dict[str, Any]:
+    """The status of an Expression, as far as it has one."""
+    found: dict[str, Any] = cluster.read(f"{EXPRESSIONS}/{name}").get("status", {})
+    return found
+
+
 def phase(cluster: Cluster, name: str) -> str:
     """Phase of an Expression."""
-    return cluster.kubectl("get", "expr", name, "-o", "jsonpath={.status.phase}")
+    return str(status(cluster, name).get("phase", ""))
 
 
 def result(cluster: Cluster, name: str) -> str:
-    """Result of an Expression, as `kubectl get expr` shows it."""
-    return cluster.kubectl("get", "expr", name, "-o", "jsonpath={.status.result}")
+    """Result of an Expression."""
+    return str(status(cluster, name).get("result", ""))
 
 
 def built(cluster: Cluster, name: str, timeout: float = 60) -> str:
@@ -146,27 +156,31 @@ def in_pod(cluster: Cluster, name: str, *argv: str) -> str:
 
 def events(cluster: Cluster, name: str, kind: str = "Pod") -> str:
     """Reasons and messages of an object's Events, a line each."""
-    selector = f"involvedObject.name={name},involvedObject.kind={kind}"
-    template = '{range .items[*]}{.reason}: {.message}{"\\n"}{end}'
-    return cluster.kubectl("get", "events", "--field-selector", selector, "-o", f"jsonpath={template}")
+    selector = quote(f"involvedObject.name={name},involvedObject.kind={kind}")
+    found = cluster.read(f"/api/v1/namespaces/default/events?fieldSelector={selector}")["items"]
+    return "".join(f"{event['reason']}: {event.get('message', '')}\n" for event in found)
 
 
 def node_of(cluster: Cluster, pod_name: str, namespace: str = "default") -> Node:
-    where = cluster.kubectl("get", "pod", pod_name, "-n", namespace, "-o", "jsonpath={.spec.nodeName}")
-    return cluster.node(where)
+    return cluster.node(cluster.read(f"/api/v1/namespaces/{namespace}/pods/{pod_name}")["spec"]["nodeName"])
 
 
 def controller_pod(cluster: Cluster) -> str:
-    template = "jsonpath={.items[0].metadata.name}"
-    return cluster.kubectl("get", "pods", "-n", SYSTEM, "-l", "app.kubernetes.io/component=controller", "-o", template)
+    return _pod_of(cluster, "controller")
 
 
 def daemon_pod(cluster: Cluster, node: Node) -> str:
     """The node daemon's pod on *node*."""
-    return cluster.kubectl(
-        *("get", "pods", "-n", SYSTEM, "-l", "app.kubernetes.io/component=node"),
-        *("--field-selector", f"spec.nodeName={node.name}", "-o", "jsonpath={.items[0].metadata.name}"),
-    )
+    return _pod_of(cluster, "node", node.name)
+
+
+def _pod_of(cluster: Cluster, component: str, node: str | None = None) -> str:
+    """The name of a pod of ours, on *node* if one is given; raises CommandFailed while there is none."""
+    path = f"/api/v1/namespaces/{SYSTEM}/pods?labelSelector=app.kubernetes.io/component%3D{component}"
+    for pod in cluster.read(path)["items"]:
+        if node in {None, pod["spec"].get("nodeName")}:
+            return str(pod["metadata"]["name"])
+    raise CommandFailed(["GET", path], "no such pod", "")
 
 
 def on_daemon(cluster: Cluster, node: Node, *argv: str) -> str:
@@ -244,4 +258,4 @@ def assert_nothing_left(cluster: Cluster) -> None:
         cluster.wait("nothing is left on any node", clean, timeout=30)
     except WaitTimeout as error:
         raise AssertionError(f"left: {found}\n{error}") from None
-    assert cluster.get("expr", "--all-namespaces")["items"] == []
+    assert cluster.read("/apis/cknix.cool/v1/expressions")["items"] == []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.harness.scratch import scratch_base
 from tests.kernel.node import Node, mounts_below, run
 from tests.kernel.store import FakeStore
 
@@ -31,7 +32,7 @@ def private_mount_namespace() -> None:
 @pytest.fixture
 def scratch() -> Iterator[Path]:
     """An empty directory on a disk's file system (an overlay cannot be the upper layer of another)."""
-    path = Path(tempfile.mkdtemp(prefix="cknix-kernel-", dir="/var/tmp")).resolve()
+    path = Path(tempfile.mkdtemp(prefix="cknix-kernel-", dir=scratch_base())).resolve()
     try:
         yield path
     finally:

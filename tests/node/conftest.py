@@ -23,6 +23,7 @@ from cknix_csi.proto.csi_pb2 import NodePublishVolumeRequest, NodeUnpublishVolum
 from tests import nixes
 from tests.api import rbac
 from tests.api.server import Server
+from tests.cluster.harness.scratch import scratch_base
 from tests.nix.cache_process import cache_process
 from tests.nixes import remove
 from tests.node.fakes import HELLO, SYSTEM, FakeEvents, FakeExpressions, FakeFetcher, FakePods, FakeVolumes
@@ -149,7 +150,7 @@ def whole_scratch() -> Iterator[Path]:
     """A directory on a disk's file system (an overlay cannot be the upper layer of another), with a short path."""
     if os.geteuid() != 0:
         pytest.skip("the whole node daemon mounts file systems: run as root")
-    directory = Path(tempfile.mkdtemp(prefix="cknix-node-", dir="/var/tmp")).resolve()
+    directory = Path(tempfile.mkdtemp(prefix="cknix-node-", dir=scratch_base())).resolve()
     yield directory
     remove(directory)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests import nixes
+from tests.cluster.harness.scratch import scratch_base
 from tests.nixes import NixEnv
 
 REPOSITORY = Path(__file__).parents[2]
@@ -182,7 +183,7 @@ def runs_with(suite: str) -> Iterator[Runs]:
     if os.geteuid() != 0:
         pytest.skip("cknix-csi run mounts file systems: run as root")
     # On a disk: an overlay cannot be the upper layer of another.
-    directory = Path(tempfile.mkdtemp(prefix="cknix-run-", dir="/var/tmp")).resolve()
+    directory = Path(tempfile.mkdtemp(prefix="cknix-run-", dir=scratch_base())).resolve()
     runs = Runs(NixEnv(nixes.nix(suite), directory))
     try:
         yield runs

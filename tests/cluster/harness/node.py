@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import cgroups
 from .command import Argument, run
-from .components import CNI, PAUSE, RUNC, program_path
+from .components import CNI, GO_SETTINGS, PAUSE, RUNC, program_path
 from .credentials import Credentials
 from .namespaces import Machine, Process
 from .network import CLUSTER_DOMAIN, DNS_SERVICE_ADDRESS, POD_NETWORK, node_address, pod_network
@@ -279,7 +279,7 @@ class Node:
 def environment() -> dict[str, str]:
     """What programs of a node find in their environment: none of the machine's proxies, no use for its /tmp."""
     basics = {"PATH": program_path(), "HOME": "/root", "LANG": "C.UTF-8", "TMPDIR": "/run"}
-    return {**basics, "NO_PROXY": "*", "no_proxy": "*"}
+    return {**basics, **GO_SETTINGS, "NO_PROXY": "*", "no_proxy": "*"}
 
 
 def pod_network_config(index: int) -> Mapping[str, object]:
