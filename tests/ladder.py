@@ -46,7 +46,7 @@ IN_MEMORY = {
 """How to mount what is faster than the machine's disk, where there is memory for it; it goes with its namespace."""
 TESTS = Path(__file__).parent
 AT_ONCE = 4
-HALVED = {"kernel", "node"}
+HALVED = {"kernel", "nix", "node"}
 """Rungs whose files can be shared out between two processes at little cost."""
 LONGEST_FIRST = ("nix", "cluster", "api", "node", "kernel", "unit")
 """So that those that wait run beside those that compute, and none is left alone at the end."""
