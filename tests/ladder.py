@@ -31,7 +31,7 @@ mkfs.ext4 -q -F "$1/image"
 mount -t ext4 -o loop,noatime,noinit_itable "$1/image" "$1"
 export TMPDIR="$1"
 """
-"""A disk's file system, since an overlay cannot have a tmpfs below for everything; with the journal that nodes have."""
+"""For tests that need a disk's file system: one in memory, with the journal that a node's has."""
 
 RUNGS = ("unit", "kernel", "nix", "node", "api", "cluster")
 NEED_NIXES = {"nix", "node"}

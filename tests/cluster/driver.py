@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from cknix_csi.kube.api import core, expressions
 from tests.cluster.harness import Cluster, WaitTimeout
 from tests.cluster.harness.command import CommandFailed
 from tests.cluster.harness.node import Node
@@ -18,7 +19,6 @@ MANIFESTS = PROJECT / "yaml"
 EXAMPLES = MANIFESTS / "test"
 SYSTEM = "cknix-system"
 IMAGE = "busybox:1.37"
-EXPRESSIONS = "/apis/cknix.cool/v1/namespaces/default/expressions"
 NODE_STORE = "local?root=/var/lib/cknix"
 ABANDONED = ".abandoned"
 """In the data root of a controller that has moved to another node."""
@@ -120,7 +120,7 @@ spec:{placed}{users}
 
 def status(cluster: Cluster, name: str) -> dict[str, Any]:
     """The status of an Expression, as far as it has one."""
-    found: dict[str, Any] = cluster.read(f"{EXPRESSIONS}/{name}").get("status", {})
+    found: dict[str, Any] = cluster.read(expressions("default", name)).get("status", {})
     return found
 
 
@@ -157,12 +157,12 @@ def in_pod(cluster: Cluster, name: str, *argv: str) -> str:
 def events(cluster: Cluster, name: str, kind: str = "Pod") -> str:
     """Reasons and messages of an object's Events, a line each."""
     selector = quote(f"involvedObject.name={name},involvedObject.kind={kind}")
-    found = cluster.read(f"/api/v1/namespaces/default/events?fieldSelector={selector}")["items"]
+    found = cluster.read(f"{core('events', 'default')}?fieldSelector={selector}")["items"]
     return "".join(f"{event['reason']}: {event.get('message', '')}\n" for event in found)
 
 
 def node_of(cluster: Cluster, pod_name: str, namespace: str = "default") -> Node:
-    return cluster.node(cluster.read(f"/api/v1/namespaces/{namespace}/pods/{pod_name}")["spec"]["nodeName"])
+    return cluster.node(cluster.read(core("pods", namespace, pod_name))["spec"]["nodeName"])
 
 
 def controller_pod(cluster: Cluster) -> str:
@@ -176,7 +176,7 @@ def daemon_pod(cluster: Cluster, node: Node) -> str:
 
 def _pod_of(cluster: Cluster, component: str, node: str | None = None) -> str:
     """The name of a pod of ours, on *node* if one is given; raises CommandFailed while there is none."""
-    path = f"/api/v1/namespaces/{SYSTEM}/pods?labelSelector=app.kubernetes.io/component%3D{component}"
+    path = f"{core('pods', SYSTEM)}?labelSelector={quote(f'app.kubernetes.io/component={component}')}"
     for pod in cluster.read(path)["items"]:
         if node in {None, pod["spec"].get("nodeName")}:
             return str(pod["metadata"]["name"])
@@ -258,4 +258,4 @@ def assert_nothing_left(cluster: Cluster) -> None:
         cluster.wait("nothing is left on any node", clean, timeout=30)
     except WaitTimeout as error:
         raise AssertionError(f"left: {found}\n{error}") from None
-    assert cluster.read("/apis/cknix.cool/v1/expressions")["items"] == []
+    assert cluster.read(expressions())["items"] == []

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from bench.report import write
+from tests.cluster.harness.scratch import scratch_base
 from tests.kernel.node import mounts_below, run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def bench(data_root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def data_root() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="cknix-bench-", dir="/var/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="cknix-bench-", dir=scratch_base()))
     try:
         yield path
     finally:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cknix_csi.volumes.mountinfo import MountTable, MountTableUnreadable, escape, parse_line, read_mount_table, unescape
+from tests.cluster.harness.scratch import scratch_base
 from tests.kernel.node import run
 
 file_names = st.binary(min_size=1, max_size=60).filter(lambda name: b"/" not in name and b"\0" not in name)
@@ -95,7 +96,7 @@ def test_using_is_by_path_component_root_and_layer() -> None:
 def test_a_mount_is_found_by_any_name_the_kernel_allows(name: bytes) -> None:
     if name in {b".", b".."}:
         return
-    with tempfile.TemporaryDirectory(prefix="cknix-kernel-", dir="/var/tmp") as directory:
+    with tempfile.TemporaryDirectory(prefix="cknix-kernel-", dir=scratch_base()) as directory:
         target = os.fsdecode(os.path.join(os.fsencode(directory), name))
         os.mkdir(target)
         run("mount", "-t", "tmpfs", "cknix-test", target)

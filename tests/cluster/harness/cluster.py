@@ -49,6 +49,7 @@ class Cluster:
         self._scratch = Scratch(scratch)
         self._images = images
         self._credentials: Credentials | None = None
+        self._reader: Reader | None = None
         self.nodes = [
             Node(self._scratch.name, index, self._scratch.directory, disks=disks, kubelet=kubelet)
             for index in range(nodes)
@@ -139,7 +140,7 @@ class Cluster:
 
     def read(self, path: str) -> Any:
         """What is at *path* of the API, parsed; as administrator, and many times cheaper than `kubectl`."""
-        return json.loads(self._reader().get(path))
+        return json.loads(self._answer(path))
 
     def get(self, *args: str) -> Any:
         """`kubectl get … --output json`, parsed."""
@@ -181,6 +182,7 @@ class Cluster:
         network.connect([node.machine for node in self.nodes])
         users = {**controlplane.USERS, **{node.user: ("system:nodes",) for node in self.nodes}}
         credentials = self._credentials = Credentials(self.directory / "credentials", first.address, users)
+        self._reader = Reader(self.kubeconfig)
         first.launch(controlplane.storage(self.directory / "etcd"))
         first.launch(controlplane.api_server(credentials, first.address))
         with ThreadPoolExecutor() as pool:
@@ -196,7 +198,7 @@ class Cluster:
 
     def _start_kubernetes(self, credentials: Credentials, runtimes: Sequence[Future[None]]) -> None:
         first = self.nodes[0]
-        self.wait("the API server is ready", lambda: self._reader().get("/readyz"), timeout=60)
+        self.wait("the API server is ready", lambda: self._answer("/readyz"), timeout=60)
         for program in controlplane.controllers(credentials):
             first.launch(program)
         for node, runtime in zip(self.nodes, runtimes, strict=True):
@@ -220,8 +222,9 @@ class Cluster:
     def _has_account(self) -> Any:
         return self.read("/api/v1/namespaces/default/serviceaccounts/default")
 
-    def _reader(self) -> Reader:
-        return Reader(self.nodes[0].pid, self.kubeconfig)
+    def _answer(self, path: str) -> str:
+        assert self._reader is not None, "the cluster was not started"
+        return self._reader.get(path, self.nodes[0].pid)
 
     def _dns_ready(self) -> str:
         return self.kubectl("--server", f"http://{controlplane.DNS_READY}", "get", "--raw", "/ready")

@@ -19,24 +19,26 @@ _SECONDS = 60.0
 
 
 class Reader:
-    """Asks as the user of a kubeconfig, from the network of a process."""
+    """Asks as the user of a kubeconfig."""
 
-    def __init__(self, pid: int, kubeconfig: Path) -> None:
+    def __init__(self, kubeconfig: Path) -> None:
         settings = json.loads(kubeconfig.read_text())
         cluster, user = settings["clusters"][0]["cluster"], settings["users"][0]["user"]
         server = urlsplit(cluster["server"])
-        self._pid = pid
         self._address = (str(server.hostname), int(server.port or 443))
         self._headers = {"Authorization": f"Bearer {user['token']}"}
         self._context = ssl.create_default_context(cafile=cluster["certificate-authority"])
 
-    def get(self, path: str) -> str:
-        """What the API server answers; raises `CommandFailed` for anything but "200 OK"."""
+    def get(self, path: str, pid: int) -> str:
+        """What the API server answers, asked from the network of the process *pid*.
+
+        Raises `CommandFailed` for anything but "200 OK".
+        """
         connection = http.client.HTTPSConnection(*self._address, timeout=_SECONDS)
         try:
             # A thread that has entered the network ends with it; the connection stays there.
             with ThreadPoolExecutor(1) as thread:
-                plain = thread.submit(self._connected).result()
+                plain = thread.submit(self._connected, pid).result()
             connection.sock = self._context.wrap_socket(plain, server_hostname=self._address[0])
             connection.request("GET", path, headers=self._headers)
             answer = connection.getresponse()
@@ -49,9 +51,9 @@ class Reader:
             raise CommandFailed(["GET", path], f"HTTP status {answer.status}", text)
         return text
 
-    def _connected(self) -> socket.socket:
+    def _connected(self, pid: int) -> socket.socket:
         libc = ctypes.CDLL(None, use_errno=True)
-        network = os.open(f"/proc/{self._pid}/ns/net", os.O_RDONLY)
+        network = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
         try:
             if libc.setns(network, _CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "setns")

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import time
+from functools import cache
 from pathlib import Path
 from typing import TextIO
 
@@ -28,6 +29,7 @@ class NoScratch(Exception):
     """No directory is fit to hold a cluster."""
 
 
+@cache
 def scratch_base() -> Path:
     """`$TMPDIR` if it is on a real disk, else `/var/tmp`."""
     candidates = [Path(path) for path in (os.environ.get("TMPDIR"), "/var/tmp") if path]
