@@ -86,7 +86,11 @@ def run(options: Options, environment: Mapping[str, str]) -> int:
         _prepare_process()
         own = stack.enter_context(scratch(nix_of(settings).store, settings.data_root))
         command = stack.enter_context(child(options.argv, environment, own))
-        return asyncio.run(_Run(settings, own, options, command, name=name, spec=spec).run())
+        work = _Run(settings, own, options, command, name=name, spec=spec)
+        code = asyncio.run(work.run())
+        if work.signalled is not None:
+            signals.ignored()
+        return code
 
 
 def _source(options: Options) -> tuple[str, Spec]:
@@ -135,7 +139,7 @@ class _Run:
         self._child = child
         self._report = Reporter(quiet=options.quiet)
         self._nix = nix_of(settings, _PATIENCE)
-        self._signalled: signal.Signals | None = None
+        self.signalled: signal.Signals | None = None
         self._doing = "starting"
 
     async def run(self) -> int:
@@ -149,9 +153,9 @@ class _Run:
             with signals.delivered():
                 return await self._mounted(await self._build(), volumes)
         except asyncio.CancelledError:
-            if self._signalled is None:
+            if self.signalled is None:
                 raise
-            return EXIT_SIGNALLED + self._signalled
+            return EXIT_SIGNALLED + self.signalled
         finally:
             self._report.clear()
             await volumes.emptied()  # there is no next start for what a run leaves
@@ -162,8 +166,8 @@ class _Run:
         if self._child.started:
             if self._child.signal(number):
                 self._report.warn(f"killed the command, which got SIGTERM {PATIENCE} times")
-        elif self._signalled is None:  # a second one must not interrupt the clearing up
-            self._signalled = number
+        elif self.signalled is None:  # a second one must not interrupt the clearing up
+            self.signalled = number
             how = "interrupted" if number is signal.SIGINT else f"ended by {number.name}"
             self._report.warn(f"{how} while {self._doing}")
             working.cancel()

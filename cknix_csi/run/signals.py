@@ -38,6 +38,12 @@ def delivered() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def ignored() -> None:
+    """From now on they are nothing to this process, nor are those that wait: it ends by one of them already."""
+    for number in ending():
+        signal.signal(number, signal.SIG_IGN)
+
+
 def let_through() -> None:
     """From now on they arrive, in this process and in what it becomes."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
