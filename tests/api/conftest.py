@@ -109,7 +109,7 @@ class Expressions:
 
     def delete(self, name: str) -> None:
         """Ask for the deletion; it is not waited for."""
-        self.server.kubectl("delete", "expr", name, "-n", self.namespace, "--wait=false")
+        assert self.server.ask("DELETE", expressions(self.namespace, name)), f"there is no {name}"
 
     async def gone(self, name: str) -> None:
         async def is_gone() -> bool:
@@ -287,7 +287,7 @@ async def expr(server: Server, api: KubernetesApi) -> AsyncIterator[Expressions]
         name = item["metadata"]["name"]
         with suppress(ApiError):
             await api.patch(expressions(namespace, name), {"metadata": {"finalizers": None}}, kind=MERGE_PATCH)
-        server.kubectl("delete", "expr", name, "-n", namespace, "--ignore-not-found", "--wait=true")
+        server.ask("DELETE", expressions(namespace, name))
 
 
 @pytest.fixture
@@ -311,6 +311,10 @@ def _clean_up(server: Server, controller: Controller) -> None:
         controller.kill()
     if not server.running:
         server.start_api_server()
-    made = ("secret/cknix-cache-key", "cm/cknix-cache", "lease/cknix-controller")
-    server.kubectl("delete", "-n", DRIVER_NAMESPACE, "--ignore-not-found", *made)
+    for made in (
+        core("secrets", DRIVER_NAMESPACE, "cknix-cache-key"),
+        core("configmaps", DRIVER_NAMESPACE, "cknix-cache"),
+        f"/apis/coordination.k8s.io/v1/namespaces/{DRIVER_NAMESPACE}/leases/cknix-controller",
+    ):
+        server.ask("DELETE", made)
     print(controller.log()[-6000:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cknix_csi.kube.api import core
 from tests.api.server import DRIVER_NAMESPACE, REPOSITORY, Server
 
 CONTROLLER = "cknix-controller"
@@ -17,4 +18,6 @@ def install(server: Server) -> None:
 
 
 def token(server: Server, account: str) -> str:
-    return server.kubectl("create", "token", account, "-n", DRIVER_NAMESPACE).strip()
+    """A bearer token of the ServiceAccount *account*, for an hour."""
+    answer = server.ask("POST", f"{core('serviceaccounts', DRIVER_NAMESPACE, account)}/token", {"spec": {}})
+    return str(answer["status"]["token"])

@@ -412,6 +412,7 @@ async def test_a_restart_resumes_what_was_running_and_leaves_alone_what_was_done
     await expr.reaches("done", "Succeeded")
     await expr.reaches("failed", "Failed")
     await expr.reaches("running", "Running")
+    await controller.noted("build", "running")
     before = {name: (await expr.get(name))["metadata"]["resourceVersion"] for name in ("done", "failed")}
     controller.kill()
     for name in controller.roots():

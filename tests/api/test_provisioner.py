@@ -84,7 +84,9 @@ async def controller(server: Server, sockets: Path) -> AsyncIterator[ControllerS
         yield stub
         for entry in (await stub.ListVolumes(ListVolumesRequest())).entries:
             await stub.DeleteVolume(DeleteVolumeRequest(volume_id=entry.volume.volume_id))
-        assert server.kubectl("get", "cm", "-n", VOLUMES_NAMESPACE, "-l", "cknix.cool/volume", "-o", "name") == ""
+        assert (
+            server.ask("GET", core("configmaps", VOLUMES_NAMESPACE) + "?labelSelector=cknix.cool/volume")["items"] == []
+        )
 
 
 def request(name: str = "", **changes: Any) -> CreateVolumeRequest:

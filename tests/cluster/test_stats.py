@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from tests.cluster import driver
@@ -12,7 +11,7 @@ from tests.cluster.harness.node import Node
 
 def volumes(cluster: Cluster, node: Node) -> dict[str, dict[str, Any]]:
     """The statistics of the volumes "nix" on *node*, by pod."""
-    summary = json.loads(cluster.kubectl("get", "--raw", f"/api/v1/nodes/{node.name}/proxy/stats/summary"))
+    summary = cluster.read(f"/api/v1/nodes/{node.name}/proxy/stats/summary")
     return {
         pod["podRef"]["name"]: volume
         for pod in summary["pods"]

@@ -149,9 +149,8 @@ def metadata(directory: Path, *, content: bool = False) -> list[str]:
     # A directory's size is its file system's business.
     lines += run("find", directory, "!", "-type", "d", "-printf", r"%P\t%s\0").split("\0")
     if content:
-        listing = run("find", directory, "-type", "f", "-print0")
-        digests = (run("sha256sum", "--zero", name) for name in sorted(listing.rstrip("\0").split("\0")) if name)
-        lines += [digest.replace(str(directory), "") for digest in digests]
+        digests = run("find", directory, "-type", "f", "-exec", "sha256sum", "--zero", "{}", "+")
+        lines += digests.replace(str(directory), "").split("\0")
     return sorted(lines)
 
 

@@ -379,10 +379,12 @@ def test_what_is_in_the_place_of_a_path_and_not_registered_is_replaced(room: Roo
 
 
 async def settled(room: Room) -> None:
-    """All that was done is synced."""
+    """All that was done is synced, and so is that there is no note of it."""
+    notes = room.store.state / "cknix/unsynced"
     async with asyncio.timeout(20):
-        while any((room.store.state / "cknix/unsynced").iterdir()):
+        while any(notes.iterdir()):
             await asyncio.sleep(0.05)
+    sync_directory(notes)
 
 
 def modified(room: Room) -> str:

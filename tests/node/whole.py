@@ -181,8 +181,8 @@ class Cluster:
 
     def evict(self) -> None:
         """Remove every pod that was scheduled."""
-        if self._scheduled:
-            self.server.kubectl("delete", "pod", *self._scheduled, "-n", POD_NAMESPACE, "--force", "--grace-period=0")
+        for name in self._scheduled:
+            self.server.ask("DELETE", core("pods", POD_NAMESPACE, name) + "?gracePeriodSeconds=0")
         self._scheduled.clear()
 
     async def events(self, pod: str) -> list[tuple[str, str]]:

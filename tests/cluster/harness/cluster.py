@@ -97,6 +97,8 @@ class Cluster:
 
     def stop(self) -> None:
         """Take everything down; returns when nothing is left.  May be called at any time, and twice."""
+        if self._reader is not None:
+            self._reader.close()
         try:
             each(self.nodes, Node.halt)
         finally:
