@@ -30,19 +30,22 @@ def empty_cluster() -> Iterator[Server]:
         shutil.rmtree(directory)
 
 
-@pytest.mark.parametrize("suite", nixes.selected(), ids=nixes.name_of)
-def test_the_manifest_applies_to_an_empty_cluster(empty_cluster: Server, suite: Suite, tmp_path: Path) -> None:
-    env = NixEnv(nixes.nix(suite.name), tmp_path / "nix")
+def manifest_by(suite: Suite, directory: Path) -> str:
+    env = NixEnv(nixes.nix(suite.name), directory / suite.name)
     try:
-        link = tmp_path / "manifest"
+        link = directory / f"{suite.name}.manifest"
         env.run(
             *("nix", "build", "--file", REPOSITORY, "manifestYAML", "--argstr", "imageRef", IMAGE),
             *("--impure", "--out-link", link),
         )
-        manifest = env.physical(str(link.readlink())).read_text()
+        return env.physical(str(link.readlink())).read_text()
     finally:
         env.destroy()
 
+
+def test_the_manifest_applies_to_an_empty_cluster(empty_cluster: Server, tmp_path: Path) -> None:
+    # One server for all, since starting it takes longest.
+    (manifest,) = {manifest_by(suite, tmp_path) for suite in nixes.selected()}
     empty_cluster.kubectl("apply", "-f", "-", stdin=manifest)
 
     kinds = ["namespace/cknix-system", "crd/expressions.cknix.cool", "csidriver/csi.cknix.cool"]

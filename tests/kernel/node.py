@@ -145,9 +145,9 @@ def unescape_findmnt(text: str) -> str:
 
 def metadata(directory: Path, *, content: bool = False) -> list[str]:
     """Type, mode, owner, size, time and link target of all in *directory*, by find; with digests of files' content."""
-    lines = run("find", directory, "-printf", r"%P\t%y %m %U:%G %T@ %l\0").split("\0")
+    said = r"%P\t%y %m %U:%G %T@ %l"
     # A directory's size is its file system's business.
-    lines += run("find", directory, "!", "-type", "d", "-printf", r"%P\t%s\0").split("\0")
+    lines = run("find", directory, "-type", "d", "-printf", rf"{said}\0", "-o", "-printf", rf"{said} %s\0").split("\0")
     if content:
         digests = run("find", directory, "-type", "f", "-exec", "sha256sum", "--zero", "{}", "+")
         lines += digests.replace(str(directory), "").split("\0")

@@ -7,11 +7,10 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -415,25 +414,21 @@ async def test_a_cancelled_build_stops_soon_and_leaves_only_what_can_be_abandone
 CALLS = ("mkdir", "link", "symlink", "chmod", "fchmod", "utime", "rename")
 """Every kind of change that building a farm makes."""
 
-KILLED = """
-import asyncio, os, signal, sys
-from pathlib import Path
-from cknix_csi.api.storepath import StorePath
-from cknix_csi.volumes.linking import LinkEngine
-from tests.kernel.store import FakeStore
-from tests.kernel.test_farm import build, counting, farms_again
 
-async def main(scratch, root, step):
-    store = FakeStore(Path(scratch, "nix"))
-    closure = await store.query(StorePath.parse(root))
-    def die(calls):
-        if len(calls) == int(step):
+def killed_in_its_step(step: int, scratch: Path, store: FakeStore, closure: Closure) -> int:
+    """Begin a build in a child that is killed before call *step* (from 1) of CALLS; how it ended.  For a thread."""
+
+    def die(calls: list[str]) -> None:
+        if len(calls) == step:
             os.kill(os.getpid(), signal.SIGKILL)
-    counting(die, setattr)
-    await build(farms_again(Path(scratch, "data"), store, LinkEngine(1)), store, closure)
 
-asyncio.run(main(*sys.argv[1:]))
-"""
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            counting(die, setattr)
+            asyncio.run(build(farms_again(scratch / "data", store, LinkEngine(1)), store, closure))
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def counting(before: Callable[[list[str]], None], patch: Callable[[object, str, object], None]) -> list[str]:
@@ -471,9 +466,8 @@ async def test_a_build_that_is_killed_in_any_kind_of_step_is_nobodys_and_the_nex
     steps = {names.index(name) + 1 for name in CALLS} | {len(names) - names[::-1].index(name) for name in CALLS}
     farms.discard(closure.id)
     for step in sorted(steps):
-        command = (sys.executable, "-c", KILLED, str(scratch), str(root), str(step))
-        killed = await asyncio.to_thread(subprocess.run, command, cwd=Path(__file__).parents[2], check=False)
-        assert killed.returncode == -signal.SIGKILL, names[step - 1]
+        ended = await asyncio.to_thread(killed_in_its_step, step, scratch, store, closure)
+        assert ended == -signal.SIGKILL, names[step - 1]
         assert not farms.sound(closure.id)
         assert list(farms.ids()) == []
         for building in list(farms.abandoned()):

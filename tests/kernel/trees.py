@@ -68,8 +68,8 @@ names = st.one_of(_odd_names, _any_names)
 files = st.builds(
     File,
     data=st.binary(max_size=200) | st.just(b"z" * 7_000),
-    hole=st.sampled_from([0, 0, 4096, 1 << 20, (1 << 20) + 3]),
-    tail=st.sampled_from([0, 0, 5, 1 << 21]),
+    hole=st.sampled_from([0, 0, 0, 0, 4096, 4096, 4096, 1 << 20, (1 << 20) + 3]),
+    tail=st.sampled_from([0, 0, 0, 0, 5, 5, 1 << 21]),
     executable=st.booleans(),
 )
 links = st.builds(
