@@ -1,8 +1,8 @@
 """Climbs the rungs of the test ladder, from pure logic to a real cluster: ``python -m tests.ladder [RUNG…]``.
 
-Each rung is a pytest process of its own, a long one two, and four run at a time, since much of a test is waiting.  At
-the end it says how many tests ran on each, and what was skipped and why.  With ``CI=true`` a skipped test, and a rung
-without tests, is a failure.
+Each rung is a pytest process of its own, a long one several, and four run at a time, since much of a test is waiting.
+At the end it says how many tests ran on each, and what was skipped and why.  With ``CI=true`` a skipped test, and a
+rung without tests, is a failure.
 
 Where the processors are shared, a deadline may pass because nobody got one.  So a test that failed is run once more
 with nothing beside it: one that fails again has failed, one that passes is named at the end, to be mended.  When more
@@ -46,8 +46,8 @@ IN_MEMORY = {
 """How to mount what is faster than the machine's disk, where there is memory for it; it goes with its namespace."""
 TESTS = Path(__file__).parent
 AT_ONCE = 4
-HALVED = {"kernel", "nix", "node"}
-"""Rungs whose files can be shared out between two processes at little cost."""
+SHARES = {"kernel": 2, "nix": 2, "node": 3}
+"""Between how many processes the files of a rung are shared out, where that costs little."""
 LONGEST_FIRST = ("nix", "cluster", "api", "node", "kernel", "unit")
 """So that those that wait run beside those that compute, and none is left alone at the end."""
 WAITING = {"cluster", "api"}
@@ -179,7 +179,7 @@ def _climb_again(result: Result, directory: Path) -> Result:
 def _parts(rung: str, *, alone: bool) -> list[Part]:
     """Of a rung that is *alone* what it prints is shown as it comes, so it stays whole."""
     files = list((TESTS / rung).glob("**/test_*.py"))
-    count = 2 if rung in HALVED and not alone and len(files) > 1 else 1
+    count = 1 if alone else max(1, min(SHARES.get(rung, 1), len(files)))
     return [Part(rung, number, count) for number in range(count)]
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -58,6 +59,9 @@ log = logging.getLogger(__name__)
 _LONGEST_ROOT = 128
 """Bytes; the paths of upper layers are mount options of at most 255."""
 _DELETION_SECONDS = 60.0
+_CLAIM_SECONDS = 1.0
+"""Programs that a killed process was about to start hold its lock until they have started."""
+_CLAIM_POLL_SECONDS = 0.02
 _ROOT_SYNTAX = frozenset('\\:, \t\n"')
 
 
@@ -636,7 +640,9 @@ class Volumes:
         with explained(f"prepare the data root {self._root}"):
             for name in ("views", "farms", "volumes", "trash"):
                 os.makedirs(f"{self._root}/{name}", 0o700, exist_ok=True)
-            taken = self._claim.take()
+            deadline = time.monotonic() + _CLAIM_SECONDS
+            while not (taken := self._claim.take()) and time.monotonic() < deadline:
+                time.sleep(_CLAIM_POLL_SECONDS)
         if not taken:
             raise DataRootTaken(
                 f"another cknix-csi process works on the data root {self._root}; give this one another, or end that one"

@@ -322,6 +322,17 @@ async def test_two_processes_cannot_work_on_one_data_root(node: Node) -> None:
     await other.volumes.close()
 
 
+async def test_what_a_killed_process_was_about_to_start_may_hold_its_data_root_for_a_moment(node: Node) -> None:
+    await node.publish(node.small)
+    other = Node(node.scratch)
+    publishing = asyncio.create_task(other.publish(node.small, "b"))
+    await asyncio.sleep(0.1)
+    assert not publishing.done()
+    await node.volumes.close()
+    await publishing
+    await other.volumes.close()
+
+
 async def test_volumes_of_another_data_root_are_foreign(node: Node) -> None:
     target = await node.publish(node.small)
     (node.scratch / "second").mkdir()

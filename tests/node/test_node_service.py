@@ -521,7 +521,7 @@ async def test_a_client_that_gives_up_ends_neither_fetch_nor_publish(node: NodeU
     request = node.publish_request(storePath=str(OTHER))
     async with node.running(), node.client() as client:
         with pytest.raises((GRPCError, asyncio.TimeoutError)):
-            await client.NodePublishVolume(request, timeout=0.1)
+            await client.NodePublishVolume(request, timeout=1.0)
         assert node.fetcher.started.is_set()
         node.fetcher.open.set()
         await client.NodePublishVolume(request)

@@ -92,7 +92,7 @@ def test_every_test_is_counted_once_and_the_last_line_tells(ladder: Ladder) -> N
     assert "SKIPPED on unit: tests.unit.test_unit_2::test_skips: no moon tonight" in ran.stdout
 
 
-def test_a_long_rung_runs_in_two_halves_and_is_told_as_one(ladder: Ladder) -> None:
+def test_a_long_rung_runs_in_shares_and_is_told_as_one(ladder: Ladder) -> None:
     ladder.rung("unit", PASS)
     ladder.rung("kernel", PASS, FAIL, PASS, SKIP, PASS)
     ran = ladder.climb("unit", "kernel")
